@@ -1,0 +1,78 @@
+"""Which code runs an operator: `auto`, or one backend for the whole process, or for a `with` block."""
+
+import os
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "native", "reference")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # CPU tensors then go through the Triton kernels
+DEBUG = os.environ.get("PEFT_OPS_DEBUG", "0") == "1"  # ids are checked on a GPU too, which synchronises
+
+_backend = "auto"
+
+
+class set_backend:
+    """Choose what runs the operators: `set_backend("triton")`, or `with set_backend("reference"): ...`.
+
+    Args:
+        backend: "auto" (a GPU: Triton; a CPU: the native kernels where they win, else plain PyTorch), "triton", "native", or
+            "reference" (plain PyTorch, visible to torch.compile). It holds for every thread of the process; the environment
+            variable PEFT_OPS_BACKEND gives the start value.
+    """
+
+    def __init__(self, backend: str):
+        global _backend
+        if backend not in BACKENDS:
+            raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.previous, _backend = _backend, backend
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        global _backend
+        _backend = self.previous
+
+
+def get_backend() -> str:
+    return _backend
+
+
+class LazyKernels:
+    """The module `peft_ops.kernels.<stem>`, imported on first use: without Triton, and until a kernel runs, nothing imports it."""
+
+    def __init__(self, stem: str):
+        self.stem = stem
+
+    def __getattr__(self, name: str):
+        value = getattr(import_module(f"peft_ops.kernels.{self.stem}"), name)
+        setattr(self, name, value)  # the next look-up is a plain attribute
+        return value
+
+
+def use_triton(op: str, x: Tensor) -> bool:
+    """Whether the implementation of `op` launches Triton kernels for x; otherwise it runs on aten and native code."""
+    if x.dtype == torch.float64:
+        return False  # gradcheck's dtype: the reference serves it
+    if INTERPRET:
+        return _backend in ("auto", "triton")
+    if _backend == "triton" and not x.is_cuda:
+        raise RuntimeError(
+            f"{op}: backend 'triton' needs CUDA tensors, got {x.device}; set TRITON_INTERPRET=1 before the first import to "
+            f"interpret the kernels on a CPU"
+        )
+    return x.is_cuda and _backend in ("auto", "triton")
+
+
+def use_native(op: str, x: Tensor) -> bool:
+    """Whether a native CPU kernel of `op` may serve x; the launcher then decides by size whether it does."""
+    from peft_ops._library import has_native
+
+    if _backend == "native" and not has_native():
+        raise RuntimeError(f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info")
+    return x.device.type == "cpu" and x.dtype != torch.float64 and _backend in ("auto", "native") and has_native()
+
+
+set_backend(os.environ.get("PEFT_OPS_BACKEND", "auto"))

@@ -1,0 +1,141 @@
+"""Operators as torch sees them: every schema in one table, and the doors through which a public function enters its operator."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peft_ops._backend import get_backend
+
+SCHEMAS = {
+    "plan_tasks": "(Tensor task_ids, Tensor? cu_seqlens, SymInt rows, SymInt num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
+    "ia3_scale_backward": "(Tensor dy, Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation, bool[2] needs) -> (Tensor, Tensor)",
+    "ia3_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id,"
+    " str? activation, bool is_feedforward, bool save) -> (Tensor, Tensor)",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
+    " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
+}
+# csrc/ implements these: x, dy, z [M, N] with any row stride and the last dimension contiguous; task_ids [G], G dividing M
+NATIVE_SCHEMAS = {
+    "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
+    "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
+    "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation, bool need_dz, bool need_dl) -> (Tensor, Tensor)",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout) -> Tensor",
+    "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
+}
+
+_lib = torch.library.Library("peft_ops", "DEF")
+_native_lib = torch.library.Library("peft_ops_native", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+for _name, _schema in NATIVE_SCHEMAS.items():
+    _native_lib.define(_name + _schema)
+
+native = torch.ops.peft_ops_native
+
+
+def _load_native() -> bool:
+    for path in Path(__file__).parent.glob("_C*.so"):
+        if not path.name.startswith("_C_cuda"):
+            torch.ops.load_library(path)
+            return True
+    return False
+
+
+_HAS_NATIVE = _load_native()
+
+
+def has_native() -> bool:
+    return _HAS_NATIVE
+
+
+# Names under torch._C are private: where one is missing, the slower public road is taken.
+_BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_functorch = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+
+
+def below_autograd(op: Callable, *args):
+    """Call an operator past the autograd keys: nothing needs a gradient, and finding that out again costs 5 us."""
+    if _BelowAutograd is None:
+        return op(*args)
+    with _BelowAutograd():
+        return op(*args)
+
+
+def _functorch_active() -> bool:
+    return _functorch is not None and _functorch() is not None
+
+
+def _forward_mode_active() -> bool:
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
+
+
+def refuse_double_backward(op: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: double backward is not supported (create_graph=True); "
+            f"use peft_ops.set_backend('reference') for higher derivatives"
+        )
+
+
+class Operator:
+    """One operator: schema name, implementation for CPU and CUDA, fake, and gradient. Calling it takes the cheapest door.
+
+    Args:
+        name: a key of SCHEMAS.
+        implementation: runs on real tensors and chooses the kernel.
+        fake: shapes and dtypes of the outputs.
+        setup_context, backward: as in torch.library.register_autograd; None for an operator without a gradient.
+    """
+
+    def __init__(self, name: str, implementation: Callable, fake: Callable, setup_context: Callable | None = None,
+                 backward: Callable | None = None):
+        self.name = name
+        _lib.impl(name, implementation, "CPU")
+        _lib.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"peft_ops::{name}", fake, lib=_lib)
+        self.overload = overload = getattr(torch.ops.peft_ops, name).default
+        self.function = None
+        if backward is None:
+            return
+
+        def checked_backward(ctx, *grads):
+            refuse_double_backward(name)
+            return backward(ctx, *grads)
+
+        torch.library.register_autograd(f"peft_ops::{name}", checked_backward, setup_context=setup_context, lib=_lib)
+
+        class Function(torch.autograd.Function):  # 7 us cheaper per call than the registered gradient
+            @staticmethod
+            def forward(ctx, *args):
+                output = below_autograd(overload, *args)
+                setup_context(ctx, args, output)
+                return output
+
+            backward = staticmethod(checked_backward)
+
+        Function.__name__ = Function.__qualname__ = name
+        self.function = Function
+
+    def __call__(self, *args, differentiable: Sequence[Tensor | None] = ()):
+        """Args: the operator's, in schema order; `differentiable` are those that may carry a gradient."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)  # traced once; the registered gradient serves it
+        if self.function is not None:
+            if _forward_mode_active():
+                # a dual tensor has requires_grad False and would lose its tangent without a word
+                raise NotImplementedError(
+                    f"{self.name}: forward-mode AD is not supported; use peft_ops.set_backend('reference')"
+                )
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+                return self.function.apply(*args)
+        return below_autograd(self.overload, *args)
+
+
+def use_reference(x: Tensor) -> bool:
+    """Chosen before the operator: torch.compile and functorch then see plain PyTorch, and devices without an operator work."""
+    return get_backend() == "reference" or _functorch_active() or x.device.type not in ("cpu", "cuda", "meta")
+

@@ -1,0 +1,243 @@
+"""Every operator in plain PyTorch: the specification, the oracle of the tests, and the fallback.
+
+The functions have the names and signatures of the public operators. They differentiate through autograd, trace, and run on any
+device. An id outside `[-1, num_tasks)` gives a NaN row here, as it does in a kernel; the public operators raise on a CPU.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    None: lambda z: z,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+PLAN_TILE = 128  # rows of one tile of a TaskPlan; smaller GEMM tiles derive theirs from it
+BASE, BAD = -1, -2  # what a checked id says beside a task: the base model, or an id that was out of range
+
+
+class TaskPlan(NamedTuple):
+    """Which task each row belongs to, prepared once per batch and accepted wherever `task_ids` is.
+
+    Attributes:
+        task_ids: int32 [rows], the id of every row: `0 <= id < num_tasks`, -1 for the base model, -2 for an id out of range.
+        tiles: int32 [ceil(rows / 128), 3], per tile the id of its first row, the id of its second run, and where that starts.
+        run_index: int32 [rows], the slot in `run_end` of the run that the row belongs to. A run never crosses a tile.
+        run_end: int32 [ceil(rows / 128) * 128], the row after the last one of each run; unused slots hold 0.
+        num_tasks: tasks that the ids choose from.
+        rows_per_id: rows that are known from the shapes alone to share one id, 1 where nothing is known.
+    """
+
+    task_ids: Tensor
+    tiles: Tensor
+    run_index: Tensor
+    run_end: Tensor
+    num_tasks: int
+    rows_per_id: int
+
+
+class PromptBatch(NamedTuple):
+    """What `prompt_concat` returns; a base row has no prompt.
+
+    Attributes:
+        inputs_embeds: [B, P + S, E], in the dtype of the embedding.
+        attention_mask: [B, P + S], in the dtype of the given mask (int64 if none was): 1 on the prompt, 0 on spare slots.
+        position_ids: int64 [B, P + S], counting attended slots from 0; 0 at pads.
+        labels: [B, P + S], -100 on prompt and pad; None if no labels were given.
+        token_map: int64 [B, P + S], the index in the row of `input_ids` that a slot came from; -1 for prompt and pad.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor | None
+    token_map: Tensor
+
+
+def check_ids(task_ids: Tensor, num_tasks: int) -> Tensor:
+    """The ids as int32, those out of range replaced by -2."""
+    known = (task_ids >= BASE) & (task_ids < num_tasks)
+    return torch.where(known, task_ids, BAD).to(torch.int32)
+
+
+def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tensor | None = None) -> TaskPlan:
+    task_ids = task_ids.reshape(-1)
+    if cu_seqlens is None:
+        rows_per_id = rows // max(task_ids.numel(), 1)
+        ids = check_ids(task_ids, num_tasks)[:, None].expand(-1, rows_per_id).reshape(-1)
+    else:
+        rows_per_id = 1
+        row = torch.arange(rows, device=task_ids.device, dtype=cu_seqlens.dtype)
+        sequence = torch.searchsorted(cu_seqlens, row, right=True) - 1
+        # a row that no sequence covers has no task: NaN there is loud, the base model would be a silent guess
+        inside = (sequence >= 0) & (sequence < task_ids.numel())
+        padded = torch.cat([check_ids(task_ids, num_tasks), task_ids.new_full((1,), BAD, dtype=torch.int32)])
+        ids = padded[torch.where(inside, sequence, task_ids.numel())]
+    return TaskPlan(ids, *_runs(ids), num_tasks, rows_per_id)
+
+
+def _runs(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles, run index and run ends of a TaskPlan."""
+    rows = ids.numel()
+    num_tiles = (rows + PLAN_TILE - 1) // PLAN_TILE
+    row = torch.arange(rows, device=ids.device)
+    starts = torch.cat([torch.ones_like(ids[:1]), (ids[1:] != ids[:-1]).to(ids.dtype)]).bool() | (row % PLAN_TILE == 0)
+    ends = torch.cat([starts[1:], torch.ones_like(starts[:1])])
+    padded = F.pad(starts, (0, num_tiles * PLAN_TILE - rows)).view(num_tiles, PLAN_TILE)
+    local = padded.cumsum(1).sub(1).view(-1)[:rows]
+    run_index = row // PLAN_TILE * PLAN_TILE + local
+    run_end = torch.zeros(num_tiles * PLAN_TILE, dtype=torch.int32, device=ids.device)
+    # every row of a run but its last writes 0 to a slot that the last one then overwrites: amax keeps the end
+    run_end.scatter_reduce_(0, run_index, torch.where(ends, row + 1, 0).to(torch.int32), "amax")
+    tile = torch.arange(num_tiles, device=ids.device) * PLAN_TILE
+    split = run_end[tile] - tile
+    second = torch.minimum(run_end[tile].long(), row[-1:].expand(num_tiles)) if rows else tile
+    same_tile = second < tile + PLAN_TILE
+    first_id = ids[tile]
+    second_id = torch.where(same_tile, ids[second], first_id) if rows else first_id
+    tiles = torch.stack([first_id, second_id, split.to(torch.int32)], 1)
+    return tiles, run_index.to(torch.int32), run_end
+
+
+def scale_rows(ia3_l: Tensor, task_ids: Tensor) -> Tensor:
+    """The scale of each id, [len(task_ids), N]: its task's vector, ones for the base model, NaN for an id out of range."""
+    num_tasks = ia3_l.shape[0]
+    if num_tasks == 0:
+        scale = ia3_l.new_ones(task_ids.numel(), ia3_l.shape[1])
+    else:
+        scale = ia3_l.index_select(0, task_ids.clamp(0, num_tasks - 1))
+    scale = torch.where((task_ids == BASE)[:, None], 1.0, scale)
+    bad = (task_ids < BASE) | (task_ids >= num_tasks)
+    return torch.where(bad[:, None], float("nan"), scale)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def act_scale(z: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
+    """act(z) * ia3_l[t], the elementwise half of every (IA)^3 operator. ia3_l: [num_tasks, N]; task_ids: [G], G dividing the rows."""
+    dtype = compute_dtype(z, ia3_l)
+    y = ACTIVATIONS[activation](z.to(dtype))
+    if task_ids is None:
+        return (y * ia3_l[0].to(dtype)).to(z.dtype)
+    groups, N = task_ids.numel(), z.shape[-1]
+    rows = z.numel() // max(N, 1)
+    scale = scale_rows(ia3_l, task_ids).to(dtype)
+    y = y.reshape(groups, rows // max(groups, 1), N) * scale[:, None]
+    return y.to(z.dtype).reshape(z.shape)
+
+
+def _table_and_ids(ia3_l: Tensor, task_ids) -> tuple[Tensor, Tensor | None]:
+    ids = task_ids.task_ids if isinstance(task_ids, TaskPlan) else task_ids
+    return (ia3_l[None] if ia3_l.dim() == 1 else ia3_l), None if ids is None else ids.reshape(-1)
+
+
+def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = None) -> Tensor:
+    return act_scale(x, *_table_and_ids(ia3_l, task_ids))
+
+
+def ia3_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ia3_l: Tensor,
+    task_ids: Tensor | TaskPlan | None = None,
+    activation: str | None = None,
+    is_feedforward: bool = False,
+) -> Tensor:
+    table, ids = _table_and_ids(ia3_l, task_ids)
+    if is_feedforward:
+        return F.linear(act_scale(x, table, ids), weight, bias)
+    return act_scale(F.linear(x, weight, bias), table, ids, activation)
+
+
+def prompt_layout(
+    task_ids: Tensor | None,
+    prompt_lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    left: bool,
+    device: torch.device,
+) -> Tensor:
+    """Where things stand in each row, int32 [B, 4]: checked id, spare slots in front, tokens before the prompt, prompt length.
+
+    A row reads `[front spare slots | tokens before | prompt | the other tokens | the other spare slots]`. sizes: B, S, num_tasks, P.
+    """
+    B, S, num_tasks, P = sizes
+    ids = torch.zeros(B, dtype=torch.int32, device=device) if task_ids is None else check_ids(task_ids, num_tasks)
+    if num_tasks == 0 or prompt_lengths is None:
+        length = torch.full((B,), P, device=device)
+    else:
+        length = prompt_lengths.long().clamp(0, P)[ids.clamp(min=0)]
+    length = torch.where(ids >= 0, length, 0)
+    front = P - length if left else torch.zeros_like(length)
+    if attention_mask is None or S == 0:
+        before = torch.zeros_like(length)
+    else:
+        real = attention_mask != 0
+        before = torch.where(real.any(1), real.to(torch.uint8).argmax(1), S if left else 0)
+    return torch.stack([ids, front, before, length], 1).to(torch.int32)
+
+
+def prompt_concat(
+    input_ids: Tensor | None,
+    embedding: Tensor | None,
+    prompts: Tensor,
+    task_ids: Tensor | None = None,
+    *,
+    prompt_lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    padding_side: str = "right",
+) -> PromptBatch:
+    prompts = prompts[None] if prompts.dim() == 2 else prompts
+    num_tasks, P, E = prompts.shape
+    B, S = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    device = prompts.device
+    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), padding_side == "left", device)
+    ids, front, before, length = layout.long().unsqueeze(2).unbind(1)  # [B, 1] each
+    slot = torch.arange(P + S, device=device)[None] - front
+    is_prompt = (slot >= before) & (slot < before + length)
+    source = torch.where(slot < before, slot, slot - length)
+    is_token = ~is_prompt & (source >= 0) & (source < S)
+
+    if inputs_embeds is None:
+        V = embedding.shape[0]
+        known = (input_ids >= 0) & (input_ids < V)
+        inputs_embeds = torch.where(known[..., None], F.embedding(input_ids.clamp(0, max(V - 1, 0)), embedding), float("nan"))
+    tokens = _take(inputs_embeds, source, is_token)
+    if num_tasks and P:
+        flat = ids.clamp(min=0) * P + (slot - before).clamp(0, P - 1)
+        prompt = prompts.reshape(-1, E).index_select(0, flat.reshape(-1)).reshape(B, P + S, E).to(inputs_embeds.dtype)
+        tokens = torch.where(is_prompt[..., None], prompt, tokens)
+    out = torch.where((ids == BAD)[..., None], float("nan"), tokens)
+
+    mask = torch.ones(B, S, dtype=torch.int64, device=device) if attention_mask is None else attention_mask
+    mask = torch.where(is_prompt, 1, _take(mask, source, is_token)).to(mask.dtype)
+    real = mask != 0
+    positions = torch.where(real, real.cumsum(1) - 1, 0)
+    text = is_token & real
+    token_map = torch.where(text, source, -1)
+    if labels is not None:
+        labels = torch.where(text, _take(labels, source, is_token), -100)
+    return PromptBatch(out, mask, positions, labels, token_map)
+
+
+def _take(values: Tensor, source: Tensor, valid: Tensor) -> Tensor:
+    """values[b, source[b, j]] where valid, else 0. values: [B, S] or [B, S, E]."""
+    B, S = values.shape[:2]
+    if S == 0:
+        return values.new_zeros((B, source.shape[1], *values.shape[2:]))
+    row = torch.arange(B, device=values.device)[:, None] * S
+    taken = values.reshape(B * S, *values.shape[2:]).index_select(0, (row + source.clamp(0, S - 1)).reshape(-1))
+    taken = taken.reshape(B, source.shape[1], *values.shape[2:])
+    return torch.where(valid.view(*valid.shape, *[1] * (values.dim() - 2)), taken, 0)
