@@ -1,0 +1,69 @@
+# From a fresh clone, `make demo` and `make test` do everything: virtual environment, pinned install, native build, run.
+#
+#   PYTHON=python3.12   the interpreter, 3.11 or newer, that the virtual environment is made with
+#   VENV=               no virtual environment and no install: PYTHON runs as it is, with the torch it has (say, a CUDA build)
+#   ARGS="..."          further arguments for pytest or for the demo
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+MARKS = not nightly
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+NATIVE := build/.native
+else
+PY := $(VENV)/bin/python
+NATIVE := $(VENV)/.native
+INSTALLED := $(VENV)/.installed
+endif
+
+PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
+MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
+.PHONY: help setup demo test test-native test-interpreter test-compile nightly bench lint clean
+.NOTPARALLEL:
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## */make \1\t/' | expand -t 24
+
+setup: $(NATIVE)  ## environment and native library, without running anything
+
+demo: setup  ## the main job: train and serve several tasks in one batch, on a GPU if there is one
+	$(PY) -m peft_ops.demo $(ARGS)
+
+test: test-native test-interpreter test-compile  ## all tests, in the three processes below
+
+test-native: setup  ## plain PyTorch and the native library; on a GPU, the compiled kernels
+	$(PYTEST) -m "$(MARKS)" --ignore=tests/compile tests
+
+test-interpreter: setup  ## the Triton kernels on CPU tensors: Triton reads TRITON_INTERPRET when it is imported
+	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and ($(MARKS))" --ignore=tests/compile tests
+
+test-compile: setup  ## the Triton kernels compiled for GPUs that need not be there
+	$(PYTEST) -m "$(MARKS)" tests/compile
+
+nightly: MARKS = nightly or not nightly
+nightly: test  ## the same suites with their wider cross products
+
+bench: setup  ## microbenchmarks beside their peers
+	$(PYTEST) bench
+
+lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
+	$(PY) -m ruff check .
+
+clean:  ## remove what was built, but not the virtual environment
+	rm -rf build dist out *.egg-info peft_ops/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(NATIVE)
+	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+
+# --no-build-isolation needs a newer setuptools than a bare environment has; the native library has its own rule
+$(VENV)/.installed: pyproject.toml constraints-dev.txt setup.py
+	@$(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+	  "PYTHON=$(PYTHON) is not Python 3.11 or newer with the venv module (Debian: python3-venv); try: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade --constraint constraints-dev.txt pip setuptools
+	PEFT_OPS_SKIP_BUILD=1 $(PY) -m pip install --quiet --constraint constraints-dev.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(NATIVE): $(INSTALLED) setup.py $(wildcard csrc/* csrc/*/*)
+	$(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
