@@ -50,6 +50,7 @@ bench: setup  ## microbenchmarks beside their peers
 
 lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf build dist out *.egg-info peft_ops/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(NATIVE)
