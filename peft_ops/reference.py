@@ -134,6 +134,39 @@ def act_scale(z: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str
     return y.to(z.dtype).reshape(z.shape)
 
 
+ACTIVATION_BACKWARD = {
+    "relu": lambda g, z: torch.where(z > 0, g, 0),
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
+def act_scale_backward(
+    dy: Tensor, z: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, need_dz: bool, need_dl: bool
+) -> tuple[Tensor, Tensor]:
+    """dz in z's dtype and dl [num_tasks, N] in fp32, in a fixed order; what is not needed is empty."""
+    dtype = compute_dtype(z, ia3_l)
+    N, num_tasks = z.shape[-1], ia3_l.shape[0]
+    groups = 1 if task_ids is None else task_ids.numel()
+    view = groups, z.numel() // max(groups * N, 1), N
+    dy = dy.to(dtype).reshape(view)
+    dz, dl = z.new_empty(0), z.new_empty(0, dtype=dtype)
+    if need_dz:
+        scale = ia3_l if task_ids is None else scale_rows(ia3_l, task_ids)
+        dz = dy * scale.to(dtype)[:, None]
+        if activation is not None:
+            dz = ACTIVATION_BACKWARD[activation](dz, z.to(dtype).reshape(view))
+        dz = dz.to(z.dtype).reshape(z.shape).contiguous()
+    if need_dl:
+        per_group = (dy * ACTIVATIONS[activation](z.to(dtype)).reshape(view)).sum(1)
+        ids = torch.zeros(groups, dtype=torch.int64, device=z.device) if task_ids is None else task_ids
+        # base rows and bad ids add to a slot of their own that nobody reads
+        slot = torch.where((ids >= 0) & (ids < num_tasks), ids, num_tasks)
+        dl = torch.zeros(num_tasks + 1, N, dtype=dtype, device=z.device).index_add_(0, slot, per_group)[:num_tasks].clone()
+    return dz, dl
+
+
 def _table_and_ids(ia3_l: Tensor, task_ids) -> tuple[Tensor, Tensor | None]:
     ids = task_ids.task_ids if isinstance(task_ids, TaskPlan) else task_ids
     return (ia3_l[None] if ia3_l.dim() == 1 else ia3_l), None if ids is None else ids.reshape(-1)
@@ -200,36 +233,79 @@ def prompt_concat(
     padding_side: str = "right",
 ) -> PromptBatch:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
-    num_tasks, P, E = prompts.shape
-    B, S = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-    device = prompts.device
-    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), padding_side == "left", device)
-    ids, front, before, length = layout.long().unsqueeze(2).unbind(1)  # [B, 1] each
-    slot = torch.arange(P + S, device=device)[None] - front
+    tokens = inputs_embeds if input_ids is None else input_ids
+    (num_tasks, P, _), (B, S) = prompts.shape, tokens.shape[:2]
+    sizes, left = (B, S, num_tasks, P), padding_side == "left"
+    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, prompts.device)
+    out = concat_embeddings(tokens, None if input_ids is None else embedding, prompts, layout)
+    return PromptBatch(out, *concat_metadata(layout, attention_mask, labels, S, P))
+
+
+def _slots(layout: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each slot [B, P + S]: whether it holds a prompt row, and which, whether it holds a token, and which."""
+    _, front, before, length = layout.long().unsqueeze(2).unbind(1)  # [B, 1] each
+    slot = torch.arange(P + S, device=layout.device)[None] - front
     is_prompt = (slot >= before) & (slot < before + length)
     source = torch.where(slot < before, slot, slot - length)
-    is_token = ~is_prompt & (source >= 0) & (source < S)
+    return is_prompt, slot - before, ~is_prompt & (source >= 0) & (source < S), source
 
-    if inputs_embeds is None:
+
+def concat_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, layout: Tensor) -> Tensor:
+    """[B, P + S, E] from ids [B, S] and a table, or from embeddings [B, S, E]."""
+    num_tasks, P, E = prompts.shape
+    B, S = tokens.shape[:2]
+    is_prompt, prompt_row, is_token, source = _slots(layout, S, P)
+    if embedding is not None:
         V = embedding.shape[0]
-        known = (input_ids >= 0) & (input_ids < V)
-        inputs_embeds = torch.where(known[..., None], F.embedding(input_ids.clamp(0, max(V - 1, 0)), embedding), float("nan"))
-    tokens = _take(inputs_embeds, source, is_token)
+        known = (tokens >= 0) & (tokens < V)
+        rows = F.embedding(tokens.clamp(0, V - 1), embedding) if V else embedding.new_zeros(B, S, E)
+        tokens = torch.where(known[..., None], rows, float("nan"))
+    out = _take(tokens, source, is_token)
+    task = layout[:, :1].long()
     if num_tasks and P:
-        flat = ids.clamp(min=0) * P + (slot - before).clamp(0, P - 1)
-        prompt = prompts.reshape(-1, E).index_select(0, flat.reshape(-1)).reshape(B, P + S, E).to(inputs_embeds.dtype)
-        tokens = torch.where(is_prompt[..., None], prompt, tokens)
-    out = torch.where((ids == BAD)[..., None], float("nan"), tokens)
+        row = task.clamp(min=0) * P + prompt_row.clamp(0, P - 1)
+        prompt = prompts.reshape(-1, E).index_select(0, row.reshape(-1)).reshape(B, P + S, E)
+        out = torch.where(is_prompt[..., None], prompt.to(tokens.dtype), out)
+    return torch.where((task == BAD)[..., None], float("nan"), out)
 
-    mask = torch.ones(B, S, dtype=torch.int64, device=device) if attention_mask is None else attention_mask
-    mask = torch.where(is_prompt, 1, _take(mask, source, is_token)).to(mask.dtype)
+
+def concat_metadata(
+    layout: Tensor, attention_mask: Tensor | None, labels: Tensor | None, S: int, P: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """attention_mask, position_ids, labels and token_map of a PromptBatch."""
+    is_prompt, _, is_token, source = _slots(layout, S, P)
+    if attention_mask is None:
+        mask = (is_prompt | is_token).long()
+    else:
+        mask = torch.where(is_prompt, 1, _take(attention_mask, source, is_token)).to(attention_mask.dtype)
     real = mask != 0
     positions = torch.where(real, real.cumsum(1) - 1, 0)
     text = is_token & real
-    token_map = torch.where(text, source, -1)
     if labels is not None:
         labels = torch.where(text, _take(labels, source, is_token), -100)
-    return PromptBatch(out, mask, positions, labels, token_map)
+    return mask, positions, labels, torch.where(text, source, -1)
+
+
+def concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int) -> Tensor:
+    """dprompts [num_tasks, P, E] in fp32: each task's rows of the batch in order."""
+    B, E = dout.shape[0], dout.shape[2]
+    ids, front, before, length = layout.long().unbind(1)
+    p = torch.arange(P, device=dout.device)
+    row = torch.arange(B, device=dout.device)[:, None] * dout.shape[1] + (front + before)[:, None] + p
+    has = p < length[:, None]
+    slot = torch.where(has & (ids >= 0)[:, None], ids[:, None] * P + p, num_tasks * P)  # the last slot is read by nobody
+    dtype = compute_dtype(dout)
+    rows = dout.reshape(-1, E).index_select(0, torch.where(has, row, 0).reshape(-1)).to(dtype)
+    dprompts = torch.zeros(num_tasks * P + 1, E, dtype=dtype, device=dout.device)
+    return dprompts.index_add_(0, slot.reshape(-1), rows)[:-1].clone().view(num_tasks, P, E)
+
+
+def take_tokens(dout: Tensor, layout: Tensor, P: int) -> Tensor:
+    """The gradient of the token embeddings, [B, S, E]: the slots of dout that hold them."""
+    S = dout.shape[1] - P
+    _, front, before, length = layout.long().unsqueeze(2).unbind(1)
+    s = torch.arange(S, device=dout.device)[None]
+    return _take(dout, front + s + torch.where(s < before, 0, length), torch.ones_like(s, dtype=torch.bool).expand(dout.shape[0], S))
 
 
 def _take(values: Tensor, source: Tensor, valid: Tensor) -> Tensor:

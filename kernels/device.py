@@ -1,0 +1,64 @@
+"""Device functions that several kernels share: activations, the tensor-core product, and the scale of a task."""
+
+import triton
+import triton.language as tl
+
+# The interpreter keeps bf16 as uint16 and multiplies those: operands of a product are upcast first where it runs.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z) in fp32. The exp forms of silu and gelu_tanh cost one exp and one division, and saturate without overflow."""
+    if ACTIVATION == "relu":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        z = z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        z = z / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+    return z
+
+
+@triton.jit
+def activate_grad(z, ACTIVATION: tl.constexpr):
+    """act(z) and act'(z) in fp32."""
+    if ACTIVATION == "relu":
+        a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        da = tl.where(z > 0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        sig = 1.0 / (1.0 + tl.exp(-z))
+        a = z * sig
+        da = sig + a * (1.0 - sig)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        a = z * cdf
+        da = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == "gelu_tanh":
+        sig = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
+        a = z * sig
+        da = sig + a * (1.0 - sig) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    else:
+        a = z
+        da = tl.full(z.shape, 1.0, tl.float32)
+    return a, da
+
+
+@triton.jit
+def mma(a, b, acc):
+    """acc + a b on the tensor cores, fp32 operands never as tf32."""
+    if INTERPRET:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def task_scale(l_ptr, task, offs, mask, num_tasks):
+    """Scale of the ids `task` at the element offsets `offs` (task * stride + column), fp32: 1 for the base model, NaN for a bad id.
+
+    The base and bad cases enter through `other`: a lane that is off reads nothing, and in the [128, 256] epilogue of a matmul
+    this form takes 165 registers where a select after the load takes 255.
+    """
+    known = (task >= 0) & (task < num_tasks)
+    return tl.load(l_ptr + offs, mask=known & mask, other=tl.where(task == -1, 1.0, float("nan"))).to(tl.float32)

@@ -1,0 +1,138 @@
+"""Linear layer with the (IA)^3 scale of each row's task in its epilogue: y = act(x W^T + b) * l[t]."""
+
+import triton
+import triton.language as tl
+
+from peft_ops.kernels.device import activate, mma, task_scale
+
+
+@triton.jit
+def scale_runs(
+    acc, l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr, pid_m, offs_n, mask_n, M, num_tasks, stride_lt,
+    TASKS: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """acc: [BLOCK_M, BLOCK_N] times the scale of each row's task, by the task plan; BLOCK_M divides TILE.
+
+    TASKS "one": every row is task 0.   "two": at most two tasks in a plan tile, `acc *= where(row < split, s0, s1)`.
+    "runs": any number, one pass over the tile per run. A [BLOCK_M, BLOCK_N] gather of scales spills and needs 344 KB at 128 x 256.
+    """
+    lane = tl.arange(0, BLOCK_M)
+    if TASKS == "one":
+        acc *= tl.load(l_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    elif TASKS == "two":
+        row = pid_m * BLOCK_M
+        tile = row // TILE
+        task0, task1 = tl.load(tile_ptr + tile * 3), tl.load(tile_ptr + tile * 3 + 1)
+        split = tl.load(tile_ptr + tile * 3 + 2) - row % TILE
+        s0 = task_scale(l_ptr, task0, task0.to(tl.int64) * stride_lt + offs_n, mask_n, num_tasks)
+        s1 = task_scale(l_ptr, task1, task1.to(tl.int64) * stride_lt + offs_n, mask_n, num_tasks)
+        acc *= tl.where((lane < split)[:, None], s0[None, :], s1[None, :])
+    else:
+        begin = pid_m * BLOCK_M
+        last = tl.minimum(begin + BLOCK_M, M) - 1
+        for run in range(tl.load(run_index_ptr + begin), tl.load(run_index_ptr + last) + 1):
+            task = tl.load(row_id_ptr + begin)
+            end = tl.load(run_end_ptr + run)
+            scale = task_scale(l_ptr, task, task.to(tl.int64) * stride_lt + offs_n, mask_n, num_tasks)
+            row = pid_m * BLOCK_M + lane
+            acc = tl.where(((row >= begin) & (row < end))[:, None], acc * scale[None, :], acc)
+            begin = end
+    return acc
+
+
+@triton.jit
+def ia3_linear_kernel(
+    x_ptr, w_ptr, bias_ptr, l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr, y_ptr, z_ptr,
+    M, N, K, num_tasks,
+    stride_xm, stride_lt, stride_w,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, TASKS: tl.constexpr, W_KN: tl.constexpr,
+    NUM_SMS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b
+    x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, N]   y: [M, N]   z: [M, N] if SAVE.
+    Persistent: program p takes the output tiles p, p + NUM_SMS, ...; operands and results by TMA, so every row is 16-byte aligned.
+    """
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    if W_KN:
+        w_desc = tl.make_tensor_descriptor(w_ptr, [K, N], [stride_w, 1], [BLOCK_K, BLOCK_N])
+    else:
+        w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    if SAVE:
+        z_desc = tl.make_tensor_descriptor(z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS):
+        first_m = (tile // group) * GROUP_M
+        size_m = min(tiles_m - first_m, GROUP_M)
+        pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if HAS_BIAS:  # as the start value: added after the loop it takes 80 registers more
+            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        for k in range(0, K, BLOCK_K):
+            w = w_desc.load([k, n]) if W_KN else w_desc.load([n, k]).T
+            acc = mma(x_desc.load([m, k]), w, acc)
+        if SAVE:
+            z_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
+        acc = scale_runs(
+            activate(acc, ACTIVATION), l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr,
+            pid_m, offs_n, mask_n, M, num_tasks, stride_lt, TASKS, BLOCK_M, TILE,
+        )  # fmt: skip
+        y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def ia3_linear_small_kernel(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr,
+    M, N, K, rows_per_id, num_tasks,
+    stride_xm, stride_lt, stride_wn, stride_wk,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b, for few rows, or for sizes and strides that TMA does not take
+    x: [M, K] rows strided   W: [N, K], either dimension contiguous   ids: [M / rows_per_id] or absent   y, z: [M, N].
+    One program per [BLOCK_M <= 64, BLOCK_N] tile: its gather of scales is small, and no plan is needed.
+    SWAP: the weight tile is the left operand, so that wgmma reads its 64 rows from shared memory and the few rows of x are its N.
+    """
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    # rows and columns past the end read the last one: cheaper than masks in the loop, and their results are never stored
+    rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + cols[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            mask_k = (k + offs_k < K)[None, :]
+            x = tl.load(x_ptrs, mask=mask_k, other=0.0)
+            w = tl.load(w_ptrs, mask=mask_k, other=0.0)
+        acc = mma(w, x.T, acc) if SWAP else mma(x, w.T, acc)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    z = acc.T if SWAP else acc
+    mask = mask_m[:, None] & mask_n[None, :]
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
+    out = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if SAVE:
+        tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask=mask)
+    if HAS_IDS:
+        task = tl.load(ids_ptr + offs_m // rows_per_id, mask=mask_m, other=-1)
+        scale = task_scale(l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks)
+    else:
+        scale = tl.load(l_ptr + cols).to(tl.float32)[None, :]
+    y = activate(z, ACTIVATION) * scale
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)

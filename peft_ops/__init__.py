@@ -1,0 +1,21 @@
+"""Fused (IA)^3 and P-Tuning operators: one frozen model, many tasks, each row of a batch with its own."""
+
+from peft_ops._backend import get_backend, set_backend
+from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_scale import ia3_scale
+from peft_ops.ops.prompt_concat import prompt_concat
+from peft_ops.ops.task_plan import plan_tasks
+from peft_ops.reference import PromptBatch, TaskPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PromptBatch",
+    "TaskPlan",
+    "get_backend",
+    "ia3_linear",
+    "ia3_scale",
+    "plan_tasks",
+    "prompt_concat",
+    "set_backend",
+]

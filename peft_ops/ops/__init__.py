@@ -1,0 +1,1 @@
+"""The public operators, one module per stem: launchers, registration, gradient, public function."""

@@ -1,0 +1,238 @@
+"""Linear layer with (IA)^3: y = act(x W^T + b) * ia3_l[t(m)], or y = (x * ia3_l[t(m)]) W^T + b for a feed-forward layer."""
+
+from contextvars import copy_context
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_ops import reference
+from peft_ops._backend import LazyKernels, use_triton
+from peft_ops._checks import FLOATS, check_activation, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
+from peft_ops._library import Operator, use_reference
+from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward
+from peft_ops.ops.task_plan import launch_plan
+from peft_ops.reference import TaskPlan
+
+kernels, tiles = LazyKernels("ia3_linear"), LazyKernels("tiles")
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability and multiprocessors of x's GPU; what is compiled for when there is none (interpreter, offline)."""
+    if not x.is_cuda:
+        return 90, 2
+    properties = torch.cuda.get_device_properties(x.device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def _tma_takes(*rows: Tensor) -> bool:
+    """Whether every matrix has 16-byte aligned rows with a contiguous last dimension, as a TMA descriptor requires."""
+    return all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() >= 16
+        for t in rows
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms) -> None:
+    (M, K), N = x.shape, weight.shape[0]
+    tile = tiles.linear(M, N, K, capability, erf=activation == "gelu")
+    if task_ids is None:
+        mode, row_id, rest = "one", None, (None, None, None)
+    else:
+        row_id, *rest = launch_plan(task_ids, None, M, ia3_l.shape[0]) if plan is None else (task_ids, *plan)
+        mode = "two" if rows_per_id >= tiles.PLAN_TILE else "runs"
+    w_kn = weight.stride(1) != 1
+    num_tiles = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"])
+
+    def launch():
+        import triton
+
+        triton.set_allocator(_scratch)  # device memory for the descriptors
+        kernels.ia3_linear_kernel[(min(num_sms, num_tiles),)](
+            x, weight, bias, ia3_l, row_id, *rest, y, z,
+            M, N, K, ia3_l.shape[0],
+            x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
+            NUM_SMS=min(num_sms, num_tiles), TILE=tiles.PLAN_TILE, **tile,
+        )  # fmt: skip
+
+    # Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched
+    with torch.cuda.device_of(x):
+        copy_context().run(launch)
+
+
+def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability) -> None:
+    (M, K), N = x.shape, weight.shape[0]
+    tile = tiles.linear_small(M, N, capability, weight.stride(1) == 1)
+    grid = (tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        kernels.ia3_linear_small_kernel[grid](
+            x, weight, bias, ia3_l, task_ids, y, z,
+            M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
+            x.stride(0), ia3_l.stride(0), weight.stride(0), weight.stride(1),
+            HAS_IDS=task_ids is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None,
+            EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
+        )  # fmt: skip
+
+
+def launch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, task_ids: Tensor | None, plan: list[Tensor] | None,
+    rows_per_id: int, activation: str | None, save: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """y and, if save, z = x W^T + b, both [M, N] in x's dtype."""
+    M, N = x.shape[0], weight.shape[0]
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    z = torch.empty_like(y) if save else None
+    if y.numel() == 0:
+        return y, z
+    capability, num_sms = _capability(x)
+    stored = weight if weight.stride(1) == 1 else weight.t()
+    if M > tiles.SMALL_M and _tma_takes(x, stored, y):
+        _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms)
+    else:
+        _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability)
+    return y, z
+
+
+def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
+    op = "ia3_linear"
+    nothing = x.new_empty(0)
+    if is_feedforward:
+        return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
+    fused = use_triton(op, x) and (tiles.linear_is_fused(x.element_size()) or not x.is_cuda) and x.shape[-1] > 0
+    if fused:
+        check_ids_in_range(op, task_ids, ia3_l.shape[0])
+        y, z = launch_linear(as_rows(x), weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
+        lead = (*x.shape[:-1], weight.shape[0])
+        return y.view(lead), z.view(lead) if save else nothing
+    z = F.linear(x, weight, bias)
+    y = scale_forward(op, z, ia3_l, task_ids, activation)
+    return y, z.contiguous() if save else nothing
+
+
+def _ia3_linear_fake(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
+    out = (*x.shape[:-1], weight.shape[0])
+    saved = out if save and not is_feedforward else 0
+    return torch.empty(out, dtype=x.dtype, device=x.device), torch.empty(saved, dtype=x.dtype, device=x.device)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, ia3_l, task_ids, _, _, activation, is_feedforward, save = inputs
+    need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
+    ctx.activation, ctx.is_feedforward, ctx.has_bias = activation, is_feedforward, bias is not None
+    needs_z = not is_feedforward and (need_l or (activation is not None and (need_x or need_weight or need_bias)))
+    if needs_z and not save:
+        raise RuntimeError("ia3_linear: save must be True where a gradient of ia3_l, or one through an activation, is needed, got False")
+    keep_x = need_weight or (is_feedforward and need_l)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x if keep_x else None, weight if need_x or (is_feedforward and need_l) else None, ia3_l, task_ids,
+                          output[1] if needs_z else None)
+
+
+def _backward(ctx, dy, _):
+    x, weight, ia3_l, task_ids, z = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
+    dx = dl = dweight = dbias = None
+    if ctx.is_feedforward:
+        if need_x or need_l:
+            dscaled = dy @ weight
+            dx, dl = scale_backward(dscaled, dscaled if x is None else x, ia3_l, task_ids, None, need_x, need_l)
+        dz = dy
+        if need_weight:
+            x = _scale_op(x, ia3_l, task_ids, None)
+    else:
+        need_dz = need_x or need_weight or need_bias
+        dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, ctx.activation, need_dz, need_l)
+        if need_x:
+            dx = dz @ weight
+    if need_weight:
+        dweight = dz.flatten(0, -2).t() @ x.flatten(0, -2)
+    if need_bias:
+        dbias = dz.flatten(0, -2).sum(0)
+    return dx, dweight, dbias, dl, None, None, None, None, None, None
+
+
+def _scale_op(x, ia3_l, task_ids, activation):
+    return torch.ops.peft_ops.ia3_scale(x, ia3_l, task_ids, activation)
+
+
+_op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _backward)
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *tensors]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
+
+
+def ia3_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ia3_l: Tensor,
+    task_ids: Tensor | TaskPlan | None = None,
+    activation: str | None = None,
+    is_feedforward: bool = False,
+) -> Tensor:
+    """A linear layer under (IA)^3 (arXiv 2205.05638), each row with the vector of its own task.
+
+    Semantics: z = F.linear(x, weight, bias); activation(z) * ia3_l[task_ids]            (keys, values: scale what comes out)
+               F.linear(x * ia3_l[task_ids], weight, bias)            if is_feedforward  (PEFT: scale what goes in)
+    with row -1 of ia3_l ones: the base model. Without activation, and where no fused kernel is chosen, bitwise what PEFT computes.
+
+    Args:
+        x: [..., K]; fp32, fp16 or bf16 (fp64 runs on plain PyTorch). Its leading dimensions may be strided.
+        weight: [N, K] in x's dtype, contiguous along either dimension.
+        bias: [N] in x's dtype, or None.
+        ia3_l: [num_tasks, N] or [N] ([num_tasks, K] or [K] if is_feedforward), in any of those dtypes; the product is taken in fp32.
+        task_ids: int32 or int64; its shape is a prefix of x.shape[:-1], or [B] where x is at least 3-D and x.shape[0] a multiple of
+            B (beams); or a plan of `plan_tasks`. -1 is the base model. None: one task for all rows.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu", applied before the scale; not with is_feedforward.
+        is_feedforward: scale the input instead of the output.
+
+    Returns:
+        [..., N] in x's dtype, contiguous. Saved for backward: x if weight (or, with is_feedforward, ia3_l) needs a gradient, and
+        z if ia3_l does or an activation stands between. Autocast casts x, weight and bias as F.linear does, never ia3_l.
+
+    Raises:
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        NotImplementedError, RuntimeError: forward-mode AD, double backward.
+    """
+    op = "ia3_linear"
+    check_tensor(op, "x", x, dtypes=FLOATS)
+    x, weight, bias = _autocast(x, weight, bias)
+    check_tensor(op, "weight", weight, dtypes=(x.dtype,), dim=2, like=x)
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"{op}: x must have {K} features, as weight {shape(weight)} takes, got shape {shape(x)}")
+    if bias is not None:
+        check_tensor(op, "bias", bias, dtypes=(x.dtype,), dim=1, like=x)
+        if bias.shape[0] != N:
+            raise ValueError(f"{op}: bias must have shape [{N}], got {shape(bias)}")
+    check_activation(op, activation)
+    if activation is not None and is_feedforward:
+        raise ValueError(
+            f"{op}: activation must be None with is_feedforward, got {activation!r}; "
+            f"scale the layer that produces x instead: ia3_linear(..., activation={activation!r}, ia3_l=ia3_l)"
+        )
+    table = check_table(op, "ia3_l", ia3_l, K if is_feedforward else N, x, task_ids is not None)
+    ids, plan, rows_per_id = check_task_ids(op, task_ids, x.shape[:-1], table.shape[0], x)
+    if use_reference(x):
+        return reference.ia3_linear(
+            x, weight, bias, ia3_l=table, task_ids=ids, activation=activation, is_feedforward=is_feedforward
+        )
+    if weight.stride(0) != 1 and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    differentiable = x, weight, bias, table
+    save = torch.is_grad_enabled() and not is_feedforward and (
+        table.requires_grad or (activation is not None and any(t is not None and t.requires_grad for t in differentiable))
+    )
+    args = x, weight, bias, table, ids, plan, rows_per_id, activation, is_feedforward, save
+    return _op(*args, differentiable=differentiable)[0]
