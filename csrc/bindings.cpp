@@ -1,0 +1,11 @@
+// The native operators, a table of contents. Their schemas are in peft_ops/_library.py.
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(peft_ops_native, CPU, m) {
+  m.impl("first_bad_id", TORCH_BOX(&peft_ops::first_bad_id));
+  m.impl("ia3_scale", TORCH_BOX(&peft_ops::ia3_scale));
+  m.impl("ia3_scale_backward", TORCH_BOX(&peft_ops::ia3_scale_backward));
+  m.impl("prompt_concat", TORCH_BOX(&peft_ops::prompt_concat));
+  m.impl("prompt_concat_backward", TORCH_BOX(&peft_ops::prompt_concat_backward));
+}

@@ -1,0 +1,115 @@
+// What the CPU kernels share: instruction-set dispatch, element types, checked views of tensors, ids.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+#include "ops.h"
+
+// The same loop compiled for three instruction sets; the loader picks one. It needs ifunc, hence glibc.
+#ifndef PEFT_OPS_CLONES
+#if defined(__x86_64__) && defined(__GLIBC__) && ((!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 18))
+#define PEFT_OPS_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define PEFT_OPS_CLONES
+#endif
+#endif
+#define PEFT_OPS_INLINE inline __attribute__((always_inline))
+
+namespace peft_ops {
+
+enum class Dtype { F32, F16, BF16 };
+
+struct BF16 {
+  uint16_t bits;
+};
+
+// fp32 numbers that one thread handles at least: aten's grain, below which a second thread costs more than it brings
+constexpr int64_t kGrain = 32768;
+// columns that pass through an fp32 buffer at a time: 4 KiB, several of which stay in L1
+constexpr int64_t kBlock = 1024;
+
+template <class To, class From>
+PEFT_OPS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+PEFT_OPS_INLINE float load(float v) {
+  return v;
+}
+
+PEFT_OPS_INLINE float load(BF16 v) {
+  return bit_cast<float>(uint32_t(v.bits) << 16);
+}
+
+PEFT_OPS_INLINE void store(float* to, float v) {
+  *to = v;
+}
+
+// round to nearest, ties to even; NaN keeps no payload, so that the carry cannot turn it into Inf
+PEFT_OPS_INLINE void store(BF16* to, float v) {
+  uint32_t bits = bit_cast<uint32_t>(v);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = v != v ? 0x7fc0 : uint16_t(rounded);
+}
+
+// convert.cpp
+void to_float(Dtype dtype, const void* from, float* to, int64_t n);
+void from_float(Dtype dtype, const float* from, void* to, int64_t n);
+void fill_nan(Dtype dtype, void* to, int64_t n);
+
+inline int64_t item_size(Dtype dtype) {
+  return dtype == Dtype::F32 ? 4 : 2;
+}
+
+// A tensor whose last dimension is contiguous, seen as rows. The row stride is in bytes.
+struct Rows {
+  char* data;
+  int64_t rows, cols, stride;
+  Dtype dtype;
+
+  char* row(int64_t m) const {
+    return data + m * stride;
+  }
+};
+
+std::string shape_of(const Tensor& t);
+Dtype float_dtype(const char* op, const char* arg, const Tensor& t);
+Rows float_rows(const char* op, const char* arg, const Tensor& t);
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype);
+
+// int32 or int64 ids in flattened order
+struct Ids {
+  const char* data;
+  int64_t size, stride;
+  bool wide;
+
+  int64_t operator[](int64_t i) const {
+    const char* at = data + i * stride;
+    return wide ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+  }
+};
+
+Ids int_ids(const char* op, const char* arg, const Tensor& t);
+
+// The id groups of M rows: row m belongs to group m / per.
+constexpr int64_t kBase = -1, kBad = -2;
+struct Groups {
+  Ids ids; // data is null for one task that all rows have
+  int64_t num_tasks, count, per;
+
+  int64_t task(int64_t group) const {
+    if (ids.data == nullptr)
+      return 0;
+    int64_t t = ids[group];
+    return t >= kBase && t < num_tasks ? t : kBad;
+  }
+};
+
+} // namespace peft_ops

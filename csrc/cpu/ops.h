@@ -1,0 +1,43 @@
+// The CPU operators, as bindings.cpp registers them.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace peft_ops {
+
+using torch::stable::Tensor;
+
+int64_t first_bad_id(const Tensor& task_ids, int64_t num_tasks);
+
+Tensor ia3_scale(
+    const Tensor& x,
+    const Tensor& ia3_l,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<std::string>& activation);
+
+std::tuple<Tensor, Tensor> ia3_scale_backward(
+    const Tensor& dy,
+    const Tensor& z,
+    const Tensor& ia3_l,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<std::string>& activation,
+    bool need_dz,
+    bool need_dl);
+
+Tensor prompt_concat(
+    const Tensor& tokens,
+    const std::optional<Tensor>& embedding,
+    const Tensor& prompts,
+    const Tensor& layout);
+
+Tensor prompt_concat_backward(const Tensor& dout, const Tensor& layout, int64_t num_tasks, int64_t P);
+
+} // namespace peft_ops
