@@ -151,7 +151,7 @@ import site, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 site.addsitedir({str(site)!r})
 {IMPORT_KERNEL}"""
-    printed = python(code, tmp_path)
+    printed = python(code, tmp_path, site)
     assert printed.splitlines()[-1] == f"peft_ops.kernels.ia3_scale {folder}/kernels/ia3_scale.py"
 
 
