@@ -1,0 +1,111 @@
+"""What this install has and what will run where, for a bug report: `python -m peft_ops.info`."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import peft_ops
+from peft_ops import _backend
+from peft_ops._library import has_native
+from peft_ops._native_rule import native_wins
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
+VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+NATIVE_OPS = ("ia3_scale", "ia3_scale_backward", "prompt_concat", "prompt_concat_backward")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def version(package: str) -> str:
+    """From the metadata: importing a package to ask its version takes seconds."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def libraries() -> dict[str, str]:
+    folder = Path(peft_ops.__file__).parent
+    files = {path.name.split(".")[0]: path for path in folder.glob("_C*.so")}
+    cpu = f"{files['_C'].name}, {files['_C'].stat().st_size // 1024} KiB" if "_C" in files else f"absent: {why_absent()}"
+    cuda = files["_C_cuda"].name if "_C_cuda" in files else "absent"
+    return {"native CPU library": cpu, "native CUDA library": cuda}
+
+
+def why_absent() -> str:
+    """The likeliest reason: the build itself is long over."""
+    if platform.system() == "Windows":
+        return "the kernels are not written for Windows; plain PyTorch runs instead"
+    if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
+        return "there is no C++ compiler; plain PyTorch runs instead"
+    return (
+        "the build did not see torch or a compiler, failed, or was told PEFT_OPS_SKIP_BUILD=1; plain PyTorch runs instead. "
+        "`pip install -v --no-build-isolation .` in a checkout says which"
+    )
+
+
+def cpu_rule(op: str) -> str:
+    """What `auto` runs on CPU tensors, read off the rule at powers of two."""
+    parts = []
+    for dtype in DTYPES:
+        wins = [size for size in (1 << k for k in range(27)) if native_wins(op, dtype, size)]
+        losses = [size for size in (1 << k for k in range(27)) if size not in wins]
+        name = str(dtype).removeprefix("torch.")
+        if not wins:
+            parts.append(f"{name} plain PyTorch")
+        elif not losses:
+            parts.append(f"{name} native")
+        else:
+            first, last = (wins[0], wins[-1])
+            reach = f"from {first} elements" if last > losses[-1] else f"up to {last} elements"
+            parts.append(f"{name} native {reach}, else plain PyTorch")
+    return "; ".join(parts)
+
+
+def gpu_backend() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if _backend.get_backend() == "reference":
+        return "plain PyTorch"
+    return "Triton" if find_spec("triton") else "fails: Triton is not installed; set_backend('reference') works"
+
+
+def dispatch() -> dict[str, str]:
+    backend = _backend.get_backend()
+    interpreted = _backend.INTERPRET and backend in ("auto", "triton")
+    rows = {}
+    for op in NATIVE_OPS:
+        if interpreted:
+            rows[op] = "Triton's interpreter"
+        elif backend == "native" and has_native():
+            rows[op] = "native"
+        elif backend == "auto" and has_native():
+            rows[op] = cpu_rule(op)
+        elif backend in ("auto", "reference"):
+            rows[op] = "plain PyTorch"
+        else:
+            rows[op] = f"fails: backend {backend!r} serves no CPU tensors in this install"
+    return {f"{op} on a CPU": value for op, value in rows.items()} | {"every operator on a GPU": gpu_backend()}
+
+
+def info() -> dict[str, str]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = {
+        "peft_ops": f"{peft_ops.__version__} in {Path(peft_ops.__file__).parent}",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "packages": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
+        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "GPU": ", ".join(gpus) or f"none (torch built for CUDA {torch.version.cuda})" if torch.version.cuda else "none (CPU build of torch)",
+    }
+    variables = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
+    return machine | libraries() | {"backend": _backend.get_backend(), "environment": variables or "nothing set"} | dispatch()
+
+
+if __name__ == "__main__":
+    rows = info()
+    width = max(map(len, rows))
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows.items()))
