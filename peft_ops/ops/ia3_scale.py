@@ -76,7 +76,7 @@ def launch_scale_backward(
         return dx, dl
     order, chunks, chunk_start = chunks_by_task(task_ids, M, num_tasks, x.device)
     part = torch.empty((chunks.shape[0], N) if need_dl else 0, dtype=torch.float32, device=x.device)
-    tile, sum_tile = tiles.scale_backward(N), tiles.sum_chunks(N)
+    tile, sum_tile = tiles.scale_backward(N, erf=activation == "gelu"), tiles.sum_chunks(N)
     with torch.cuda.device_of(x):
         kernels.ia3_scale_bwd_kernel[chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])](
             dy, x, ia3_l, order, chunks, dx, part,

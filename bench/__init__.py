@@ -1,0 +1,1 @@
+"""Benchmarks and static checks; run from a checkout, not installed."""

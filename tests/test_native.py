@@ -1,0 +1,399 @@
+"""The native CPU kernels, called below the operators, against peft_ops.reference."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import peft_ops
+from peft_ops import info, reference
+from peft_ops._library import NATIVE_SCHEMAS, has_native, native
+from tests.conftest import DTYPES, assert_as_good_as_torch, assert_guards, assert_same, guarded, name_of
+
+if not has_native():
+    pytest.skip(f"no native library: {info.why_absent()}", allow_module_level=True)
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+SIZES = [1, 3, 31, 33, 65, 255, 1023, 4097]  # around the vector widths and the 1024 columns of a block
+ACTIVATIONS = list(reference.ACTIVATIONS)
+TASKS = 5
+IDS = {
+    "none": None,
+    "one": torch.tensor([3]),
+    "mixed": torch.tensor([0, -1, 4, 2, 4, -1]),
+    "int32": torch.tensor([4, 3, 2, 1, 0, -1], dtype=torch.int32),
+    "bad": torch.tensor([0, TASKS, -2, 2**62, -(2**63), 1]),
+    "bad-int32": torch.tensor([1, TASKS, -2, 2**31 - 1, -(2**31), 0], dtype=torch.int32),
+    "strided": torch.tensor([[2, 9], [-1, 9], [0, 9]])[:, 0],
+}
+SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-40, -1e-40, 6e-8, 65504.0, -65504.0, 3e38, 1.0, -2.5]
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    """Two threads whatever the machine's default: the kernels cut their work by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The bit patterns, NaN replaced by one of them: a payload is not promised."""
+    t = torch.where(t.isnan(), float("nan"), t)
+    return t.view(torch.int32 if t.dtype == F32 else torch.int16)
+
+
+def assert_bits(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert_same(got, want, bitwise=True)
+    assert torch.equal(bits(got), bits(want)), "zeros of other signs"
+    assert got.is_contiguous()
+
+
+def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def fp64(f, *args):
+    return f(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args))
+
+
+@pytest.mark.parametrize("l_dtype", DTYPES, ids=lambda d: f"l_{name_of(d)}")
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("N", SIZES)
+def test_ia3_scale_is_bitwise_the_reference(N, activation, l_dtype, dtype):
+    x, ia3_l = randn(12, N, dtype=dtype), randn(TASKS, N, dtype=l_dtype)
+    for name, ids in IDS.items():
+        got = native.ia3_scale(x, ia3_l, ids, activation)
+        try:
+            assert_bits(got, reference.act_scale(x, ia3_l, ids, activation))
+        except AssertionError as error:
+            raise AssertionError(f"ids {name}: {error}") from error
+
+
+@pytest.mark.parametrize("N", [1, 33, 1023, 4097])
+@pytest.mark.parametrize("activation", ACTIVATIONS[2:])
+def test_activations_are_as_good_as_torch(activation, N, dtype):
+    # the widths: where activations bend, and their tails
+    for width in (0.5, 1.0, 4.0):
+        x, ia3_l, ids = (width * randn(24, N, dtype=F32)).to(dtype), randn(TASKS, N, dtype=F32), IDS["mixed"]
+        torch_own = reference.act_scale(x, ia3_l, ids, activation)
+        want = fp64(reference.act_scale, x, ia3_l, ids, activation)
+        assert_as_good_as_torch(native.ia3_scale(x, ia3_l, ids, activation), torch_own, want, elementwise=dtype != F32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_special_values(activation, dtype):
+    x = torch.tensor(SPECIAL * 5).to(dtype)[None]
+    ia3_l = torch.tensor([[1.0], [-0.5], [0.0], [float("inf")], [float("nan")], [1e-39]]).expand(-1, x.shape[1]).contiguous()
+    for task in range(len(ia3_l)):
+        ids = torch.tensor([task])
+        got, want = native.ia3_scale(x, ia3_l, ids, activation), fp64(reference.act_scale, x, ia3_l, ids, activation)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.isposinf(), want.to(dtype).isposinf()) and torch.equal(got.isneginf(), want.to(dtype).isneginf())
+        if activation in (None, "relu"):
+            assert_bits(got, reference.act_scale(x, ia3_l, ids, activation))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_every_16_bit_number_comes_through(activation):
+    for dtype in (F16, BF16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(64, 1024)
+        for factor in (1.0, 1.0009765625, 0.3333, 1e-6):
+            ia3_l = torch.full((1, 1024), factor)
+            want = reference.act_scale(x, ia3_l, None, activation)
+            assert_bits(native.ia3_scale(x, ia3_l, None, activation), want)
+    base = native.ia3_scale(x, torch.zeros(1, 1024), torch.tensor([-1]), None)
+    assert_bits(base, x)
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_misaligned_and_strided_rows(offset, dtype):
+    N = 65
+    x = randn(7 * 90 + 8, dtype=dtype)[offset:].as_strided((7, N), (90, 1))
+    ia3_l = randn(TASKS * 77 + 8, dtype=F32)[offset:].as_strided((TASKS, N), (77, 1))
+    ids = torch.tensor([0, 4, -1, 2, 2, 1, 7])
+    assert_bits(native.ia3_scale(x, ia3_l, ids, None), reference.act_scale(x, ia3_l, ids))
+    dy = randn(7 * 70 + 8, dtype=dtype)[offset:].as_strided((7, N), (70, 1))
+    dz, dl = native.ia3_scale_backward(dy, x, ia3_l, ids, None, True, True)
+    want_dz, want_dl = native.ia3_scale_backward(dy.contiguous(), x.contiguous(), ia3_l.contiguous(), ids, None, True, True)
+    assert_bits(dz, want_dz)
+    assert_bits(dl, want_dl)
+    expanded = x[:1].expand(7, N)
+    assert_bits(native.ia3_scale(expanded, ia3_l, ids, None), reference.act_scale(expanded, ia3_l, ids))
+
+
+def test_no_read_outside_the_table_and_no_write_outside_the_rows():
+    x, buffer = guarded(6, 33, dtype=BF16)
+    ia3_l, table = guarded(TASKS, 33, dtype=F32)
+    x.normal_(), ia3_l.normal_()
+    y = native.ia3_scale(x, ia3_l, IDS["bad"], None)
+    assert y[1:5].isnan().all() and y[[0, 5]].isfinite().all()
+    dz, dl = native.ia3_scale_backward(x, x, ia3_l, IDS["bad"], "silu", True, True)
+    assert dz[1:5].isnan().all() and dl.isfinite().all()
+    assert_guards(buffer)
+    assert_guards(table)
+
+
+def test_first_bad_id():
+    for dtype in (torch.int32, torch.int64):
+        for size in (0, 1, 3, 31, 1023):
+            ids = torch.randint(-1, TASKS, (size,), dtype=dtype)
+            assert native.first_bad_id(ids, TASKS) == -1
+            for at in {0, size // 2, size - 1} & set(range(size)):
+                for bad in (TASKS, -2, torch.iinfo(dtype).max, torch.iinfo(dtype).min):
+                    broken = ids.clone()
+                    broken[at:] = bad
+                    assert native.first_bad_id(broken, TASKS) == at
+    assert native.first_bad_id(torch.tensor([[0, 1], [2, 3]]), 3) == 3
+    assert native.first_bad_id(torch.tensor([0, 9, 1, 9])[::2], 2) == -1
+    assert native.first_bad_id(torch.tensor([-1]), 0) == -1 and native.first_bad_id(torch.tensor([0]), 0) == 0
+
+
+@pytest.mark.parametrize("l_dtype", DTYPES, ids=lambda d: f"l_{name_of(d)}")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_is_as_good_as_torch(activation, l_dtype, dtype):
+    for N in (1, 33, 1025):
+        z, dy, ia3_l = randn(12, N, dtype=dtype), randn(12, N, dtype=dtype), randn(TASKS, N, dtype=l_dtype)
+        for ids in (torch.tensor([0]), IDS["mixed"], IDS["bad"]):
+            args = dy, z, ia3_l, ids, activation, True, True
+            got, torch_own, want = native.ia3_scale_backward(*args), reference.act_scale_backward(*args), fp64(reference.act_scale_backward, *args)
+            if activation in (None, "relu"):
+                assert_bits(got[0], torch_own[0])
+            else:
+                assert_as_good_as_torch(got[0], torch_own[0], want[0], elementwise=dtype != F32)
+            assert got[1].dtype == F32
+            assert_as_good_as_torch(got[1], torch_own[1], want[1])
+        none = native.ia3_scale_backward(dy, z, ia3_l, None, activation, True, True)
+        first = native.ia3_scale_backward(dy, z, ia3_l, torch.tensor([0]), activation, True, True)
+        assert_bits(none[0], first[0])
+        assert_bits(none[1], first[1])
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_backward_gives_what_is_asked_for(activation, dtype):
+    z, dy, ia3_l, ids = randn(12, 65, dtype=dtype), randn(12, 65, dtype=dtype), randn(TASKS, 65, dtype=F32), IDS["mixed"]
+    dz, dl = native.ia3_scale_backward(dy, z, ia3_l, ids, activation, True, True)
+    for need_dz, need_dl in ((True, False), (False, True), (False, False)):
+        got = native.ia3_scale_backward(dy, z, ia3_l, ids, activation, need_dz, need_dl)
+        assert_bits(got[0], dz if need_dz else torch.empty(0, dtype=dtype))
+        assert_bits(got[1], dl if need_dl else torch.empty(0))
+
+
+def fixed_order_sum(rows: torch.Tensor) -> torch.Tensor:
+    """Rows in order within chunks of 256, then the chunks in order, in fp32."""
+    total = torch.zeros(rows.shape[1])
+    for chunk in rows.float().split(256):
+        partial = torch.zeros(rows.shape[1])
+        for row in chunk:
+            partial += row
+        total += partial
+    return total
+
+
+def test_dl_is_summed_in_its_fixed_order(dtype):
+    M, N = 1200, 33
+    ids, dy = torch.randint(-1, TASKS, (M,)), randn(M, N, dtype=dtype)
+    ids[:700] = torch.where(ids[:700] == 1, 2, ids[:700])  # task 2: several chunks
+    _, dl = native.ia3_scale_backward(dy, torch.ones_like(dy), randn(TASKS, N, dtype=F32), ids, None, False, True)
+    assert (ids == 2).sum() > 256
+    for task in range(TASKS):
+        assert_bits(dl[task], fixed_order_sum(dy[ids == task]))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_dl_does_not_depend_on_other_rows_or_threads(activation, dtype):
+    N = 1100
+    own_z, own_dy, ia3_l = randn(600, N, dtype=dtype), randn(600, N, dtype=dtype), randn(TASKS, N, dtype=F32)
+    alone = native.ia3_scale_backward(own_dy, own_z, ia3_l, torch.tensor([2]), activation, True, True)
+    for others in (1, 300, 701):
+        ids = torch.tensor([0, 1, 3, 4, -1])[torch.randint(0, 5, (600 + others,))]
+        own = torch.randperm(600 + others)[:600].sort().values
+        ids[own] = 2
+        z, dy = torch.full((600 + others, N), float("nan"), dtype=dtype), torch.full((600 + others, N), float("inf"), dtype=dtype)
+        z[own], dy[own] = own_z, own_dy
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            dz, dl = native.ia3_scale_backward(dy, z, ia3_l, ids, activation, True, True)
+            assert_bits(dz[own], alone[0])
+            assert_bits(dl[2], alone[1][2])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_row_is_the_same_in_every_batch(activation, dtype):
+    x, ia3_l, ids = randn(257, 700, dtype=dtype), randn(TASKS, 700, dtype=BF16), torch.randint(-1, TASKS, (257,))
+    want = native.ia3_scale(x, ia3_l, ids, activation)
+    for rows in (1, 2, 7, 64):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert_bits(native.ia3_scale(x[-rows:], ia3_l, ids[-rows:], activation), want[-rows:])
+
+
+def test_many_tasks():
+    tasks, N = 100_000, 8
+    ia3_l, ids = randn(tasks, N, dtype=F32), torch.randint(0, tasks, (4000,))
+    x = randn(4000, N, dtype=BF16)
+    assert_bits(native.ia3_scale(x, ia3_l, ids, None), reference.act_scale(x, ia3_l, ids))
+    _, dl = native.ia3_scale_backward(x, x, ia3_l, ids, None, True, True)
+    want = torch.zeros(tasks, N, dtype=torch.float64).index_add_(0, ids, x.double() ** 2)
+    assert torch.allclose(dl.double(), want, rtol=1e-6) and torch.equal(dl == 0, want == 0)
+
+
+def concat_case(B: int, S: int, P: int, left: bool, *, masked: bool = True):
+    """A layout as the operator makes it: bad and base rows, prompts of every length, pads on either side."""
+    ids = torch.randint(-1, TASKS, (B,))
+    ids[::5] = TASKS  # bad
+    lengths = torch.randint(0, P + 1, (TASKS,))
+    pads = torch.randint(0, S + 1, (B, 1))
+    mask = (torch.arange(S) >= pads if left else torch.arange(S) < pads).long() if masked else None
+    return reference.prompt_layout(ids, lengths, mask, (B, S, TASKS, P), left, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("p_dtype", DTYPES, ids=lambda d: f"prompts_{name_of(d)}")
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("E", [1, 31, 65, 1023, 4097])
+def test_prompt_concat_is_bitwise_the_reference(E, left, p_dtype, dtype):
+    B, S, P, V = 7, 5, 3, 11
+    layout, prompts = concat_case(B, S, P, left), randn(TASKS, P, E, dtype=p_dtype)
+    table, ids = randn(V, E, dtype=dtype), torch.randint(0, V, (B, S))
+    ids[2, 1], ids[4, 3] = V, -1
+    for tokens in (ids, ids.int()):
+        assert_bits(native.prompt_concat(tokens, table, prompts, layout), reference.concat_embeddings(tokens, table, prompts, layout))
+    embedded = randn(B, S, E, dtype=dtype)
+    want = reference.concat_embeddings(embedded, None, prompts, layout)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_prompt_concat_misaligned_and_strided(offset, dtype):
+    B, S, P, E, V = 3, 4, 2, 33, 6
+    layout, ids = concat_case(B, S, P, True), torch.randint(0, V, (B, 2 * S))[:, ::2].contiguous()
+    table = randn(V * 40 + 8, dtype=dtype)[offset:].as_strided((V, E), (40, 1))
+    prompts = randn(TASKS * P * 50 + 8, dtype=BF16)[offset:].as_strided((TASKS, P, E), (50, TASKS * 50, 1))
+    assert_bits(native.prompt_concat(ids, table, prompts, layout), reference.concat_embeddings(ids, table, prompts, layout))
+    embedded = randn(S, B, 37, dtype=dtype)[..., 2 : 2 + E].transpose(0, 1)
+    want = reference.concat_embeddings(embedded, None, prompts, layout)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("E", [1, 33, 1025])
+def test_prompt_concat_backward_is_summed_in_its_fixed_order(E, left, dtype):
+    B, S, P = 23, 4, 3
+    layout = concat_case(B, S, P, left)
+    dout = randn(B, P + S, E + 2, dtype=dtype)[..., 1:-1]
+    got = native.prompt_concat_backward(dout, layout, TASKS, P)
+    want = torch.zeros(TASKS, P, E)
+    for b, (task, front, before, length) in enumerate(layout.tolist()):
+        if task >= 0:
+            want[task, :length] += dout[b, front + before : front + before + length].float()
+    assert_bits(got, want)
+    torch.set_num_threads(1)
+    assert_bits(native.prompt_concat_backward(dout, layout, TASKS, P), got)
+
+
+def test_two_threads_give_the_bits_of_one(dtype):
+    x, ia3_l, ids = randn(128, 2049, dtype=dtype), randn(TASKS, 2049, dtype=F32), torch.randint(-1, TASKS, (128,))
+    layout, tokens, prompts = concat_case(64, 8, 4, True), randn(64, 8, 1025, dtype=dtype), randn(TASKS, 4, 1025, dtype=F32)
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, "gelu_tanh", True, True)
+        y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout)
+        results.append((y, dz, dl, out))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            assert_bits(got, want)
+
+
+def test_zero_sizes(dtype):
+    for M, N, tasks in ((0, 8, 2), (4, 0, 2), (0, 0, 0), (4, 8, 0)):
+        x, ia3_l, ids = torch.zeros(M, N, dtype=dtype), torch.zeros(tasks, N), torch.full((M,), -1)
+        assert_bits(native.ia3_scale(x, ia3_l, ids, "silu"), x)
+        dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, None, True, True)
+        assert_bits(dz, x)
+        assert_bits(dl, ia3_l)
+    assert native.ia3_scale_backward(x[:0], x[:0], torch.ones(2, 8), None, None, False, True)[1].eq(0).all()
+    for B, S, P, E, V in ((0, 3, 2, 4, 5), (2, 0, 2, 4, 5), (2, 3, 0, 4, 5), (2, 3, 2, 0, 5), (2, 3, 2, 4, 0)):
+        layout = torch.tensor([[0, 0, 0, P], [-1, 0, 0, 0]], dtype=torch.int32)[:B]
+        args = torch.zeros(B, S, dtype=torch.int64), torch.zeros(V, E, dtype=dtype), torch.ones(1, P, E), layout
+        assert_bits(native.prompt_concat(*args), reference.concat_embeddings(*args))
+        dout = torch.ones(B, P + S, E, dtype=dtype)
+        assert_bits(native.prompt_concat_backward(dout, layout, 1, P), torch.ones(1, P, E) * (B > 0))
+
+
+X, TABLE, LAYOUT = torch.zeros(4, 8), torch.zeros(2, 8), torch.tensor([[0, 0, 0, 2]] * 2, dtype=torch.int32)
+TOKENS, EMBEDDING, PROMPTS, DOUT = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 8), torch.zeros(1, 2, 8), torch.zeros(2, 5, 8)
+BAD_CALLS = [
+    ("first_bad_id", (X, 2), "task_ids must be int32 or int64, got Float"),
+    ("first_bad_id", (torch.tensor([0]), -1), "num_tasks must not be negative, got -1"),
+    ("ia3_scale", (X.double(), TABLE, None, None), "x must be float32, float16 or bfloat16, got Double"),
+    ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, got shape \[8\]"),
+    ("ia3_scale", (X.t(), TABLE[:, :4], None, None), "x must be contiguous in its last dimension, got stride 8"),
+    ("ia3_scale", (X, TABLE.long(), None, None), "ia3_l must be float32, float16 or bfloat16, got Long"),
+    ("ia3_scale", (X, TABLE[:, :7], None, None), r"ia3_l must have 8 columns as x has, got shape \[2, 7\]"),
+    ("ia3_scale", (X, TABLE[:0], None, None), "ia3_l must have a row where task_ids is None, got none"),
+    ("ia3_scale", (X, TABLE, torch.zeros(3, dtype=torch.int64), None), "task_ids must divide the 4 rows of x, got 3 ids"),
+    ("ia3_scale", (X, TABLE, torch.zeros(0, dtype=torch.int64), None), "task_ids must divide the 4 rows of x, got 0 ids"),
+    ("ia3_scale", (X, TABLE, torch.zeros(2, dtype=torch.int16), None), "task_ids must be int32 or int64, got Short"),
+    ("ia3_scale", (X, TABLE, None, "tanh"), "activation must be None, relu, gelu, gelu_tanh or silu, got tanh"),
+    ("ia3_scale_backward", (X[:3], X, TABLE, None, None, True, True), r"dy must have z's shape \[4, 8\], got \[3, 8\]"),
+    ("ia3_scale_backward", (X.half(), X, TABLE, None, None, True, True), "dy must have z's dtype, got Half"),
+    ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT), r"tokens must be \[B, S\] where there is an embedding, got shape \[3\]"),
+    ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT), "tokens must be float32, float16 or bfloat16, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT), r"embedding must be 2-D, got shape \[8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[0], LAYOUT), r"prompts must be 3-D, got shape \[2, 8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[..., :4], LAYOUT), "prompts must have 8 columns as the embeddings have"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long()), "layout must be int32, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1]), r"layout must be \[2, 4\], got \[1, 4\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1), "layout must stay inside 1 tasks, 3 tokens and 2 slots, got 1, 1, 1, 3 in row 0"),
+    ("prompt_concat_backward", (DOUT, LAYOUT, 1, 6), r"P must lie in \[0, 5\], got 6"),
+    ("prompt_concat_backward", (DOUT, LAYOUT, -1, 2), "num_tasks must not be negative, got -1"),
+    ("prompt_concat_backward", (DOUT, LAYOUT, 0, 2), "layout must stay inside 0 tasks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, args, message", BAD_CALLS, ids=[f"{op}-{i}" for i, (op, _, _) in enumerate(BAD_CALLS)])
+def test_messages(op, args, message):
+    with pytest.raises(RuntimeError, match=f"{op}: {message}"):
+        getattr(native, op)(*args)
+
+
+# the names that this library takes from torch, each of them exported by torch 2.10.0: a later one would not load there
+TORCH_2_10 = """
+    aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object aoti_torch_get_data_ptr
+    aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes aoti_torch_get_stride
+    aoti_torch_is_contiguous aoti_torch_library_init_impl aoti_torch_new_tensor_handle torch_call_dispatcher torch_delete_list
+    torch_delete_string torch_library_impl torch_list_push_back torch_new_list_reserve_size torch_parallel_for
+    torch_string_c_str torch_string_length
+""".split()
+CONSTANTS = {  # functions that return the number of a dtype, a device or a layout
+    "aoti_torch_dtype_": "bfloat16 bool complex128 complex32 complex64 float16 float32 float64 float8_e4m3fn float8_e4m3fnuz"
+    " float8_e5m2 float8_e5m2fnuz int16 int32 int64 int8 uint16 uint32 uint64 uint8",
+    "aoti_torch_device_type_": "cpu cuda meta mps privateuse1 xpu",
+    "aoti_torch_layout_": "_mkldnn jagged sparse_bsc sparse_bsr sparse_coo sparse_csc sparse_csr strided",
+}
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to read the library with")
+def test_the_library_needs_nothing_newer_than_torch_2_10_and_no_python():
+    (library,) = (p for p in Path(peft_ops.__file__).parent.glob("_C*.so") if not p.name.startswith("_C_cuda"))
+    listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listing.splitlines()}
+    allowed = set(TORCH_2_10) | {prefix + name for prefix, names in CONSTANTS.items() for name in names.split()}
+    ours = {name for name in names if "torch" in name or "c10" in name or name.startswith("_ZN2at")}
+    assert ours - allowed == set()
+    assert not {name for name in names if name.startswith(("Py", "_Py"))}
+
+
+def test_every_native_schema_has_its_kernel():
+    for name in NATIVE_SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"peft_ops_native::{name}", "CPU"), name
+
+
+def test_info_says_what_runs():
+    rows = info.info()
+    assert rows["native CPU library"].startswith("_C")
+    assert "native" in rows["ia3_scale on a CPU"] or "Triton" in rows["ia3_scale on a CPU"]
