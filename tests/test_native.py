@@ -152,6 +152,14 @@ def test_first_bad_id():
     assert native.first_bad_id(torch.tensor([-1]), 0) == -1 and native.first_bad_id(torch.tensor([0]), 0) == 0
 
 
+def assert_close(got: torch.Tensor, torch_own: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == torch_own.dtype
+    if got.dtype != F32 or got.shape[1] > 1000:
+        assert_as_good_as_torch(got, torch_own, want, elementwise=got.dtype != F32)
+    else:  # the rms error of a handful of fp32 numbers is luck
+        assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("l_dtype", DTYPES, ids=lambda d: f"l_{name_of(d)}")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_backward_is_as_good_as_torch(activation, l_dtype, dtype):
@@ -163,9 +171,8 @@ def test_backward_is_as_good_as_torch(activation, l_dtype, dtype):
             if activation in (None, "relu"):
                 assert_bits(got[0], torch_own[0])
             else:
-                assert_as_good_as_torch(got[0], torch_own[0], want[0], elementwise=dtype != F32)
-            assert got[1].dtype == F32
-            assert_as_good_as_torch(got[1], torch_own[1], want[1])
+                assert_close(got[0], torch_own[0], want[0])
+            assert_close(got[1], torch_own[1], want[1])
         none = native.ia3_scale_backward(dy, z, ia3_l, None, activation, True, True)
         first = native.ia3_scale_backward(dy, z, ia3_l, torch.tensor([0]), activation, True, True)
         assert_bits(none[0], first[0])
@@ -318,8 +325,11 @@ def test_zero_sizes(dtype):
     assert native.ia3_scale_backward(x[:0], x[:0], torch.ones(2, 8), None, None, False, True)[1].eq(0).all()
     for B, S, P, E, V in ((0, 3, 2, 4, 5), (2, 0, 2, 4, 5), (2, 3, 0, 4, 5), (2, 3, 2, 0, 5), (2, 3, 2, 4, 0)):
         layout = torch.tensor([[0, 0, 0, P], [-1, 0, 0, 0]], dtype=torch.int32)[:B]
-        args = torch.zeros(B, S, dtype=torch.int64), torch.zeros(V, E, dtype=dtype), torch.ones(1, P, E), layout
-        assert_bits(native.prompt_concat(*args), reference.concat_embeddings(*args))
+        tokens, table = torch.zeros(B, S, dtype=torch.int64), torch.full((V, E), 2.0, dtype=dtype)
+        want = torch.full((B, P + S, E), 2.0 if V else float("nan"), dtype=dtype)
+        if B:
+            want[0, :P], want[1:, S:] = 1, 0
+        assert_bits(native.prompt_concat(tokens, table, torch.ones(1, P, E), layout), want)
         dout = torch.ones(B, P + S, E, dtype=dtype)
         assert_bits(native.prompt_concat_backward(dout, layout, 1, P), torch.ones(1, P, E) * (B > 0))
 

@@ -98,19 +98,19 @@ Groups check_groups(const char* op, const std::optional<Tensor>& task_ids, int64
   return {ids, num_tasks, ids.size, ids.size > 0 ? M / ids.size : 0};
 }
 
-// The scale rows of one thread as fp32: a row of the table, or ones for the base model.
+// The scale rows of one thread as fp32: a row of the table, ones for the base model, NaN for a bad id.
 class Scales {
  public:
   explicit Scales(const Rows& l) : l_(l) {}
 
   // columns [from, from + n) of task t's row; valid until the next call
   const float* get(int64_t t, int64_t from, int64_t n) {
-    if (t != kBase && l_.dtype == Dtype::F32)
+    if (t >= 0 && l_.dtype == Dtype::F32)
       return reinterpret_cast<const float*>(l_.row(t)) + from;
     if (t != task_ || from != from_) {
       buffer_.resize(n);
-      if (t == kBase)
-        std::fill(buffer_.begin(), buffer_.end(), 1.0f);
+      if (t < 0)
+        std::fill(buffer_.begin(), buffer_.end(), t == kBase ? 1.0f : __builtin_nanf(""));
       else
         to_float(l_.dtype, l_.row(t) + from * item_size(l_.dtype), buffer_.data(), n);
       task_ = t;
@@ -121,7 +121,7 @@ class Scales {
 
  private:
   const Rows l_;
-  int64_t task_ = kBad, from_ = 0;
+  int64_t task_ = kBad - 1, from_ = 0;
   std::vector<float> buffer_;
 };
 
@@ -243,14 +243,11 @@ std::tuple<Tensor, Tensor> ia3_scale_backward(
       if (need_dl && chunk.task >= 0)
         dl = (chunk.partial < 0 ? dl_ptr + chunk.task * N : partials.data() + chunk.partial * N) + from;
       std::fill_n(dl, width, 0.0f);
-      const float* scale = chunk.task == kBad ? nullptr : scales.get(chunk.task, from, width);
+      const float* scale = scales.get(chunk.task, from, width);
       for (int64_t i = chunk.first; i < chunk.first + chunk.rows; i++) {
         int64_t m = schedule.order[chunk.first_group + i / groups.per] * groups.per + i % groups.per;
         void* dz = need_dz ? static_cast<void*>(dz_ptr + (m * N + from) * size) : dz_scratch;
-        if (chunk.task == kBad)
-          fill_nan(in.dtype, dz, width);
-        else
-          kernels.backward(in.dtype, grad.row(m) + from * size, in.row(m) + from * size, scale, dz, dl, width);
+        kernels.backward(in.dtype, grad.row(m) + from * size, in.row(m) + from * size, scale, dz, dl, width);
       }
     }
   });
