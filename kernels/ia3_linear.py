@@ -40,7 +40,8 @@ def scale_runs(
     return acc
 
 
-@triton.jit
+# sizes that change from call to call are not specialised: decode must not compile again at a multiple of 16 rows
+@triton.jit(do_not_specialize=["M", "num_tasks"])
 def ia3_linear_kernel(
     x_ptr, w_ptr, bias_ptr, l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr, y_ptr, z_ptr,
     M, N, K, num_tasks,
@@ -85,7 +86,7 @@ def ia3_linear_kernel(
         y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
 def ia3_linear_small_kernel(
     x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr,
     M, N, K, rows_per_id, num_tasks,

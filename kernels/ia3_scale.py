@@ -6,7 +6,8 @@ import triton.language as tl
 from peft_ops.kernels.device import activate, activate_grad, task_scale
 
 
-@triton.jit
+# sizes that change from call to call are not specialised: a multiple of 16 rows would compile again, about a second each time
+@triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
 def ia3_scale_fwd_kernel(
     x_ptr, l_ptr, ids_ptr, y_ptr,
     M, N, rows_per_id, num_tasks,
@@ -34,7 +35,7 @@ def ia3_scale_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_id", "num_tasks"])
 def ia3_scale_bwd_kernel(
     dy_ptr, x_ptr, l_ptr, order_ptr, chunk_ptr, dx_ptr, part_ptr,
     N, rows_per_id, num_tasks,

@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# sizes that change from call to call are not specialised: only E says how wide the loads are
+@triton.jit(do_not_specialize=["S", "P", "num_tasks"])
 def prompt_layout_kernel(
     ids_ptr, lengths_ptr, mask_ptr, labels_ptr,
     layout_ptr, out_mask_ptr, positions_ptr, out_labels_ptr, token_map_ptr,
@@ -69,7 +70,7 @@ def prompt_layout_kernel(
         attended += tl.sum(real.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "P", "V"])
 def prompt_concat_kernel(
     tokens_ptr, table_ptr, prompts_ptr, layout_ptr, out_ptr,
     S, P, E, V,
@@ -118,7 +119,7 @@ def prompt_concat_kernel(
     tl.store(out_ptr + out, value, mask=live[:, None] & mask_e, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "P"])
 def prompt_concat_bwd_kernel(
     dout_ptr, layout_ptr, order_ptr, start_ptr, dprompts_ptr,
     S, P, E,

@@ -26,7 +26,7 @@ def row_ids(ids_ptr, cu_seqlens_ptr, rows, num_rows, num_ids, rows_per_id, num_t
     return tl.where((id >= -1) & (id < num_tasks), id, -2).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_ids", "rows_per_id", "num_tasks"])
 def plan_tasks_kernel(
     ids_ptr, cu_seqlens_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr,
     num_rows, num_ids, rows_per_id, num_tasks,

@@ -137,5 +137,8 @@ class Operator:
 
 def use_reference(x: Tensor) -> bool:
     """Chosen before the operator: torch.compile and functorch then see plain PyTorch, and devices without an operator work."""
-    return get_backend() == "reference" or _functorch_active() or x.device.type not in ("cpu", "cuda", "meta")
+    if get_backend() == "reference" or x.device.type not in ("cpu", "cuda", "meta"):
+        return True
+    # Dynamo answers the question for functorch's interpreters with yes, although none is there
+    return not torch.compiler.is_compiling() and _functorch_active()
 

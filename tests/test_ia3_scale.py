@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -188,7 +189,8 @@ def test_batch_size_and_order_do_not_matter(dtype):
 
 def special_values(dtype):
     info = torch.finfo(dtype)
-    return torch.tensor([INF, -INF, NAN, -0.0, info.tiny / 2, info.max, info.tiny, 1.0], dtype=dtype, device=DEVICE)
+    subnormal = info.tiny if INTERPRET and dtype == torch.bfloat16 else info.tiny / 2  # it flushes subnormal bf16 to zero
+    return torch.tensor([INF, -INF, NAN, -0.0, subnormal, info.max, info.tiny, 1.0], dtype=dtype, device=DEVICE)
 
 
 def test_base_rows_come_back_bitwise(dtype):
@@ -319,8 +321,9 @@ def test_table_layouts():
 
 
 def test_repeats_are_bitwise_equal(dtype):
-    x, ia3_l = make(700, 40, dtype)
-    ids, dy = ids_like("skewed", 700, 3), torch.randn(700, 40, device=DEVICE).to(dtype)
+    M = 300 if INTERPRET else 700
+    x, ia3_l = make(M, 40, dtype)
+    ids, dy = ids_like("skewed", M, 3), torch.randn(M, 40, device=DEVICE).to(dtype)
 
     def run():
         a, b = x.clone().requires_grad_(), ia3_l.clone().requires_grad_()
@@ -380,6 +383,20 @@ def test_compiles_with_dynamic_batches():
         for a, b in zip(torch.autograd.grad(got, (x, ia3_l)), torch.autograd.grad(want, (x, ia3_l)), strict=True):
             assert torch.equal(a, b)
     assert frames.frame_count <= 2
+
+
+def test_compiled_code_calls_the_operator():
+    """Dynamo must see one operator: traced through the reference, it would compute the same and never run a kernel."""
+    seen = []
+
+    def record(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    x, ia3_l = make(4, 8)
+    torch.compile(ia3_scale, backend=record, fullgraph=True)(x, ia3_l, ids_like("uniform", 4, 3))
+    assert "peft_ops.ia3_scale.default" in seen and not any("mul" in target for target in seen), seen
 
 
 def test_exports_and_loads(tmp_path):

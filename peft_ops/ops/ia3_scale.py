@@ -47,7 +47,7 @@ def chunks_by_task(task_ids: Tensor | None, M: int, num_tasks: int, device: torc
     if task_ids is None:
         first = torch.arange(0, M, size, device=device)
         chunks = torch.stack([first, (first + size).clamp(max=M), torch.zeros_like(first)], 1)
-        return None, chunks.to(torch.int32), torch.tensor([0, len(first)], dtype=torch.int32, device=device)
+        return None, chunks.to(torch.int32), torch.arange(2, dtype=torch.int32, device=device) * first.numel()
     known = (task_ids >= 0) & (task_ids < num_tasks)
     # the base model and bad ids have gradients of x alone: they come last, and their sums are read by nobody
     key, order = torch.where(known, task_ids, torch.where(task_ids == -1, num_tasks, num_tasks + 1)).sort(stable=True)
