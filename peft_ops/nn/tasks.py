@@ -1,0 +1,71 @@
+"""Which adapter each row of a batch belongs to, said once per batch: `with tasks(["reviews", None, "legal"]): model(...)`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from peft_ops.ops.task_plan import plan_tasks
+from peft_ops.reference import TaskPlan
+
+
+class TaskBatch:
+    """The adapters of one batch, in the order of the tables that modules stack, and the id of each row.
+
+    Attributes:
+        names: adapters present in the batch; id i means names[i].
+        ids: int64 [B], -1 for rows of the base model.
+    """
+
+    def __init__(self, names: Sequence[str], ids: Tensor):
+        self.names, self.ids = tuple(names), ids
+        self._plans: dict[int, TaskPlan] = {}
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[str | None], device: torch.device | str = "cpu", names: Sequence[str] | None = None
+    ) -> "TaskBatch":
+        """One adapter name per row, None for the base model. `names` fixes the order; default: of first appearance."""
+        if names is None:
+            names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        index = {name: i for i, name in enumerate(names)} | {None: -1}
+        unknown = next((name for name in rows if name not in index), None)
+        if unknown is not None:
+            raise ValueError(f"TaskBatch: rows must name adapters of {list(names)}, got {unknown!r}")
+        return cls(names, torch.tensor([index[name] for name in rows], dtype=torch.int64, device=device))
+
+    def to(self, device: torch.device | str) -> "TaskBatch":
+        return TaskBatch(self.names, self.ids.to(device))
+
+    def for_rows(self, x: Tensor) -> Tensor | TaskPlan:
+        """What an (IA)^3 operator takes as task_ids of x: on a GPU a plan, made once and shared by all layers."""
+        if not x.is_cuda:
+            return self.ids
+        rows = x.shape[:-1].numel()
+        if rows not in self._plans:
+            self._plans[rows] = plan_tasks(self.ids, rows, len(self.names))
+        return self._plans[rows]
+
+
+_current: ContextVar[TaskBatch | None] = ContextVar("peft_ops_tasks", default=None)
+
+
+@contextmanager
+def tasks(rows: "TaskBatch | Sequence[str | None]", device: torch.device | str = "cpu") -> Iterator[TaskBatch]:
+    """Modules called inside, on this thread, read the batch's adapters from here unless they are given them.
+
+    Activation checkpointing runs a forward again after the block has ended: pass the batch to the modules there.
+    """
+    batch = rows if isinstance(rows, TaskBatch) else TaskBatch.of_rows(rows, device)
+    token = _current.set(batch)
+    try:
+        yield batch
+    finally:
+        _current.reset(token)
+
+
+def current_tasks() -> TaskBatch | None:
+    """The batch of the innermost `with tasks(...)`, None outside: every row is the base model's."""
+    return _current.get()
