@@ -2,8 +2,9 @@
 
     python -m bench.offline            # every launch below, for sm_80, sm_90 and sm_100
 
-A launcher runs on meta tensors with its kernels recorded instead of launched, so that types, divisibility and tiles are those of
-the real call; the recorded call is then compiled for each architecture. Needs triton and its bundled tools, no GPU.
+A launcher runs on meta tensors with its kernels recorded instead of launched, so that types, divisibility and tiles are
+those of the real call; the recorded call is then compiled for each architecture. Needs triton and its bundled tools, no
+GPU.
 """
 
 import os
@@ -25,7 +26,11 @@ from peft_ops.kernels import tiles
 from peft_ops.ops import ia3_linear, ia3_scale, prompt_concat, task_plan
 
 ARCHITECTURES = (80, 90, 100)
-MATRIX = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}  # the older forms run on newer chips too, at a fraction
+MATRIX = {
+    80: r"\bHMMA\b",
+    90: r"\bHGMMA\b",
+    100: r"\bUTC\w*MMA\b",
+}  # the older forms run on newer chips too, at a fraction
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -81,14 +86,18 @@ def compile_launch(launch: Launch, capability: int):
     bound, specialization, options = bind(*launch.args, **launch.kwargs)
     kwargs = {k: v for k, v in launch.kwargs.items() if k not in bound}
     options, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, specialization, options)
-    return triton.compile(ASTSource(fn, signature, constexprs, attrs), target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+    return triton.compile(
+        ASTSource(fn, signature, constexprs, attrs), target=GPUTarget("cuda", capability, 32), options=options.__dict__
+    )
 
 
 def resources(kernel) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(kernel.asm["cubin"])
         f.flush()
-        usage = subprocess.run([f"{TOOLS}/cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [f"{TOOLS}/cuobjdump", "-res-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
         code = subprocess.run([f"{TOOLS}/nvdisasm", f.name], capture_output=True, text=True, check=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
 
@@ -122,7 +131,9 @@ def _ids(n, dtype=torch.int64):
 def _scale(M, N, dtype, l_dtype, ids, activation):
     def record(capability):
         with recorded(ia3_scale) as launches:
-            ia3_scale.launch_scale(_meta(M, N, dtype=dtype), _meta(4, N, dtype=l_dtype), _ids(8) if ids else None, activation)
+            ia3_scale.launch_scale(
+                _meta(M, N, dtype=dtype), _meta(4, N, dtype=l_dtype), _ids(8) if ids else None, activation
+            )
         return launches[0]
 
     return record
@@ -148,9 +159,15 @@ def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=F
         task_ids = None if ids is None else _ids(M, torch.int32)
         with recorded(ia3_linear) as launches:
             if M > tiles.SMALL_M and ia3_linear._tma_takes(x, weight.t() if transposed else weight, y):
-                plan = None if ids is None else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+                plan = (
+                    None
+                    if ids is None
+                    else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+                )
                 rows_per_id = 128 if ids == "two" else 1
-                ia3_linear._launch_large(x, weight, b, table, task_ids, plan, rows_per_id, activation, y, z, capability, 132)
+                ia3_linear._launch_large(
+                    x, weight, b, table, task_ids, plan, rows_per_id, activation, y, z, capability, 132
+                )
             else:
                 ia3_linear._launch_small(x, weight, b, table, task_ids, activation, y, z, capability)
         return launches[0]
@@ -173,7 +190,9 @@ def _concat(E, dtype, prompt_dtype, table, which):
         embedding = _meta(32000, E, dtype=dtype) if table else None
         mask = _meta(8, 512, dtype=torch.int64)
         with recorded(prompt_concat) as launches:
-            prompt_concat.launch_concat(tokens, embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4), mask, mask, True)
+            prompt_concat.launch_concat(
+                tokens, embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4), mask, mask, True
+            )
         return launches[which]
 
     return record
@@ -195,13 +214,17 @@ def cases() -> list[Case]:
     for dtype in (bf16, fp16, fp32):
         d = names[dtype]
         found.append(Case(f"ia3_scale {d} ids", _scale(4096, 4096, dtype, fp32, True, None), wide=True))
-        found.append(Case(f"ia3_scale_backward {d} ids", _scale_backward(4096, 4096, dtype, True, None, True, True), wide=True))
+        found.append(
+            Case(f"ia3_scale_backward {d} ids", _scale_backward(4096, 4096, dtype, True, None, True, True), wide=True)
+        )
         found.append(Case(f"prompt_concat {d}", _concat(4096, dtype, fp32, True, 1), wide=True))
         found.append(Case(f"prompt_concat_backward {d}", _concat_backward(4096, dtype)))
     found.append(Case("ia3_scale bf16 one task", _scale(4096, 4096, bf16, bf16, False, None), wide=True))
     found.append(Case("ia3_scale bf16 odd", _scale(37, 4095, bf16, fp32, True, None)))
     found.append(Case("ia3_scale bf16 one row", _scale(1, 4096, bf16, fp32, False, None), wide=True))
-    found.append(Case("ia3_scale_backward bf16 dl only", _scale_backward(4096, 4096, bf16, True, None, False, True), wide=True))
+    found.append(
+        Case("ia3_scale_backward bf16 dl only", _scale_backward(4096, 4096, bf16, True, None, False, True), wide=True)
+    )
     found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=1)))
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
@@ -216,14 +239,34 @@ def cases() -> list[Case]:
         for size in ((8192, 4096, 4096), (256, 1024, 1024)):
             name = f"ia3_linear bf16 {'x'.join(map(str, size))} {mode or 'one'}"
             found.append(Case(name, _linear(*size, bf16, mode, None), matrix=True))
-    found.append(Case("ia3_linear fp16 8192x4096x4096 runs", _linear(8192, 4096, 4096, fp16, "runs", None, bias=False), matrix=True))
-    found.append(Case("ia3_linear bf16 8192x4096x4096 conv1d", _linear(8192, 4096, 4096, bf16, "two", None, transposed=True), matrix=True))
+    found.append(
+        Case(
+            "ia3_linear fp16 8192x4096x4096 runs",
+            _linear(8192, 4096, 4096, fp16, "runs", None, bias=False),
+            matrix=True,
+        )
+    )
+    found.append(
+        Case(
+            "ia3_linear bf16 8192x4096x4096 conv1d",
+            _linear(8192, 4096, 4096, bf16, "two", None, transposed=True),
+            matrix=True,
+        )
+    )
     for M in (1, 16, 32, 64):
         for activation in (None, "gelu"):
             name = f"ia3_linear bf16 {M}x4096x4096 {activation or ''}"
             found.append(Case(name, _linear(M, 4096, 4096, bf16, "ids", activation), matrix=True))
-    found.append(Case("ia3_linear bf16 300x1023x1021 odd", _linear(300, 1023, 1021, bf16, "ids", "silu", save=True), matrix=True))
-    found.append(Case("ia3_linear fp16 8x4096x4096 conv1d", _linear(8, 4096, 4096, fp16, "ids", None, transposed=True), matrix=True))
+    found.append(
+        Case("ia3_linear bf16 300x1023x1021 odd", _linear(300, 1023, 1021, bf16, "ids", "silu", save=True), matrix=True)
+    )
+    found.append(
+        Case(
+            "ia3_linear fp16 8x4096x4096 conv1d",
+            _linear(8, 4096, 4096, fp16, "ids", None, transposed=True),
+            matrix=True,
+        )
+    )
     return found
 
 
@@ -243,15 +286,15 @@ def problems(case: Case, r: Resources, capability: int) -> list[str]:
 
 def main() -> None:
     print(f"triton {triton.__version__}")
-    print(f"{'launch':50} {'sm':>3} {'regs':>4} {'stack':>5} {'spills':>6} {'shared':>7} {'mma':>4} {'tma':>4} {'128b':>4}  verdict")
+    columns = ("sm", *Resources._fields)
+    print(f"{'launch':50}", *(f"{name:>9}" for name in columns), " verdict")
     bad = 0
     for case in cases():
         for capability in ARCHITECTURES:
             r = resources(compile_launch(case.record(capability), capability))
             found = problems(case, r, capability)
             bad += bool(found)
-            print(f"{case.name:50} {capability:3} {r.registers:4} {r.stack:5} {r.spills:6} {r.shared:7} {r.matrix:4} {r.tma:4} {r.wide:4}  "
-                  f"{'; '.join(found) or 'ok'}")  # fmt: skip
+            print(f"{case.name:50}", *(f"{value:9}" for value in (capability, *r)), "", "; ".join(found) or "ok")
     raise SystemExit(bad > 0)
 
 

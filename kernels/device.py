@@ -9,7 +9,7 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """act(z) in fp32. The exp forms of silu and gelu_tanh cost one exp and one division, and saturate without overflow."""
+    """act(z) in fp32. The exp forms of silu and gelu_tanh need one exp and never overflow."""
     if ACTIVATION == "relu":
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "silu":
@@ -55,10 +55,10 @@ def mma(a, b, acc):
 
 @triton.jit
 def task_scale(l_ptr, task, offs, mask, num_tasks):
-    """Scale of the ids `task` at the element offsets `offs` (task * stride + column), fp32: 1 for the base model, NaN for a bad id.
+    """Scale of the ids `task` at the offsets `offs` (task * stride + column), fp32: 1 for the base model, NaN if bad.
 
-    The base and bad cases enter through `other`: a lane that is off reads nothing, and in the [128, 256] epilogue of a matmul
-    this form takes 165 registers where a select after the load takes 255.
+    The base and bad cases enter through `other`: a lane that is off reads nothing, and in the [128, 256] epilogue of a
+    matmul this form takes 165 registers where a select after the load takes 255.
     """
     known = (task >= 0) & (task < num_tasks)
     return tl.load(l_ptr + offs, mask=known & mask, other=tl.where(task == -1, 1.0, float("nan"))).to(tl.float32)

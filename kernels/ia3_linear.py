@@ -14,7 +14,7 @@ def scale_runs(
     """acc: [BLOCK_M, BLOCK_N] times the scale of each row's task, by the task plan; BLOCK_M divides TILE.
 
     TASKS "one": every row is task 0.   "two": at most two tasks in a plan tile, `acc *= where(row < split, s0, s1)`.
-    "runs": any number, one pass over the tile per run. A [BLOCK_M, BLOCK_N] gather of scales spills and needs 344 KB at 128 x 256.
+    "runs": any number, one pass over the tile per run. A gather of [BLOCK_M, BLOCK_N] scales spills at 128 x 256.
     """
     lane = tl.arange(0, BLOCK_M)
     if TASKS == "one":
@@ -52,7 +52,8 @@ def ia3_linear_kernel(
 ):  # fmt: skip
     """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b
     x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, N]   y: [M, N]   z: [M, N] if SAVE.
-    Persistent: program p takes the output tiles p, p + NUM_SMS, ...; operands and results by TMA, so every row is 16-byte aligned.
+    Persistent: program p takes the output tiles p, p + NUM_SMS, ...; operands and results by TMA, so every row is
+    16-byte aligned.
     """
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     if W_KN:
@@ -94,17 +95,17 @@ def ia3_linear_small_kernel(
     HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b, for few rows, or for sizes and strides that TMA does not take
+    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b;  for few rows, and where TMA does not take sizes or strides
     x: [M, K] rows strided   W: [N, K], either dimension contiguous   ids: [M / rows_per_id] or absent   y, z: [M, N].
     One program per [BLOCK_M <= 64, BLOCK_N] tile: its gather of scales is small, and no plan is needed.
-    SWAP: the weight tile is the left operand, so that wgmma reads its 64 rows from shared memory and the few rows of x are its N.
+    SWAP: the weight tile is the left operand: wgmma reads its 64 rows from shared memory, the few rows of x are its N.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < N
-    # rows and columns past the end read the last one: cheaper than masks in the loop, and their results are never stored
+    # rows and columns past the end read the last one, cheaper than masks in the loop; their results are not stored
     rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
     w_ptrs = w_ptr + cols[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
@@ -132,7 +133,9 @@ def ia3_linear_small_kernel(
         tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask=mask)
     if HAS_IDS:
         task = tl.load(ids_ptr + offs_m // rows_per_id, mask=mask_m, other=-1)
-        scale = task_scale(l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks)
+        scale = task_scale(
+            l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks
+        )
     else:
         scale = tl.load(l_ptr + cols).to(tl.float32)[None, :]
     y = activate(z, ACTIVATION) * scale

@@ -6,7 +6,7 @@ import triton.language as tl
 from peft_ops.kernels.device import activate, activate_grad, task_scale
 
 
-# sizes that change from call to call are not specialised: a multiple of 16 rows would compile again, about a second each time
+# sizes that change from call to call are not specialised: at a multiple of 16 rows Triton would compile again
 @triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
 def ia3_scale_fwd_kernel(
     x_ptr, l_ptr, ids_ptr, y_ptr,
@@ -28,7 +28,9 @@ def ia3_scale_fwd_kernel(
     x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
     if HAS_IDS:
         task = tl.load(ids_ptr + offs_m // rows_per_id, mask=mask_m, other=-1)
-        scale = task_scale(l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks)
+        scale = task_scale(
+            l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks
+        )
     else:
         scale = tl.load(l_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y = activate(x, ACTIVATION) * scale
@@ -43,8 +45,8 @@ def ia3_scale_bwd_kernel(
     HAS_IDS: tl.constexpr, ACTIVATION: tl.constexpr, NEED_DX: tl.constexpr, NEED_DL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dx[m, n] = dy[m, n] * l[t(m), n] * act'(x[m, n]);  part[c, n] = sum over the rows m of chunk c of dy[m, n] * act(x[m, n])
-    dy, x: [M, N] rows strided   dx: [M, N]   part: fp32 [chunks, N]   order: [M / rows_per_id], ids' positions sorted by task.
+    """dx[m, n] = dy[m, n] * l[t(m), n] * act'(x[m, n]);  part[c, n] = sum over chunk c of dy[m, n] * act(x[m, n])
+    dy, x: [M, N] rows strided   dx: [M, N]   part: fp32 [chunks, N]   order: [M / rows_per_id], ids by task.
     chunk: [chunks, 3], first and end position in that order, and the task: a chunk holds rows of one task alone.
     One program per chunk and column tile, its rows in order: the sum knows nothing of other tasks' rows.
     """
@@ -65,10 +67,14 @@ def ia3_scale_bwd_kernel(
             row = group * rows_per_id + position % rows_per_id
         row = row.to(tl.int64)
         mask = mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(dy_ptr + row[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        dy = tl.load(
+            dy_ptr + row[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+        )
         dy = dy.to(tl.float32)
         if NEED_DL or ACTIVATION is not None:
-            x = tl.load(x_ptr + row[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(
+                x_ptr + row[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
+            )
             a, da = activate_grad(x.to(tl.float32), ACTIVATION)
         if NEED_DL:
             acc += dy * a
@@ -83,8 +89,9 @@ def ia3_scale_bwd_kernel(
 
 @triton.jit
 def sum_chunks_kernel(part_ptr, chunk_start_ptr, dl_ptr, N, BLOCK_N: tl.constexpr):
-    """dl[t, n] = sum of part[c, n] over chunk_start[t] <= c < chunk_start[t + 1], in ascending order.
-    part: fp32 [chunks, N]   chunk_start: [num_tasks + 1]   dl: fp32 [num_tasks, N].   One program per task and column tile.
+    """dl[t, n] = sum of part[c, n] over chunk_start[t] <= c < chunk_start[t + 1], in ascending order
+    part: fp32 [chunks, N]   chunk_start: [num_tasks + 1]   dl: fp32 [num_tasks, N].
+    One program per task and column tile.
     """
     task = tl.program_id(0)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,4 +1,4 @@
-"""Prompt and token embeddings in one row: [h(P); e(X)], where each sequence's task says which prompt, and how long it is."""
+"""Prompt and token embeddings in one row, [h(P); e(X)]: each sequence's task says which prompt and how long."""
 
 import triton
 import triton.language as tl
@@ -10,12 +10,12 @@ def prompt_layout_kernel(
     ids_ptr, lengths_ptr, mask_ptr, labels_ptr,
     layout_ptr, out_mask_ptr, positions_ptr, out_labels_ptr, token_map_ptr,
     S, P, num_tasks,
-    HAS_IDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr, LEFT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr,
+    LEFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where things stand in each sequence, and what goes with the embeddings. One program per sequence.
-    ids: [B]   lengths: [num_tasks]   mask, labels: [B, S]   layout: [B, 4] (checked id, spare slots in front, tokens before the
-    prompt, prompt length)   out_mask, positions, out_labels, token_map: [B, P + S].
+    ids: [B]   lengths: [num_tasks]   mask, labels: [B, S]   layout: [B, 4] (checked id, spare slots in front, tokens
+    before the prompt, prompt length)   out_mask, positions, out_labels, token_map: [B, P + S].
     """
     b = tl.program_id(0).to(tl.int64)
     if HAS_IDS:
@@ -78,8 +78,8 @@ def prompt_concat_kernel(
 ):  # fmt: skip
     """out[b, r] = prompts[t(b), .] or table[tokens[b, .]] (or tokens[b, .] itself), 0 at spare slots, NaN at a bad id
     tokens: [B, S] ids, or [B, S, E]   table: [V, E]   prompts: [num_tasks, P, E]   layout: [B, 4]   out: [B, P + S, E].
-    One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked loads, no branch: a lane that is off costs no traffic, the rows of a
-    tile overlap, and both loads stay 16 bytes wide (a select between the two addresses makes them 2 bytes).
+    One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked loads, no branch: a lane that is off costs no traffic, the
+    rows of a tile overlap, and both loads stay 16 bytes wide (a select between the two addresses makes them 2 bytes).
     """
     row_tiles = tl.cdiv(P + S, BLOCK_ROWS)
     b = (tl.program_id(0) // row_tiles).to(tl.int64)
@@ -113,7 +113,9 @@ def prompt_concat_kernel(
         prompts_ptr + prompt_row[:, None] * E + offs_e[None, :], mask=is_prompt[:, None] & mask_e, other=0.0,
         eviction_policy="evict_last",
     )  # fmt: skip
-    token_e = tl.load(source_ptr + source_row[:, None] * E + offs_e[None, :], mask=is_token[:, None] & mask_e, other=other)
+    token_e = tl.load(
+        source_ptr + source_row[:, None] * E + offs_e[None, :], mask=is_token[:, None] & mask_e, other=other
+    )
     value = tl.where(is_prompt[:, None], prompt.to(out_ptr.dtype.element_ty), token_e)
     out = (b * (P + S) + r)[:, None] * E + offs_e[None, :]
     tl.store(out_ptr + out, value, mask=live[:, None] & mask_e, eviction_policy="evict_first")
@@ -126,7 +128,7 @@ def prompt_concat_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dprompts[t, p] = sum over the sequences b of task t, ascending, of dout[b, front + before + p], where p < length
-    dout: [B, P + S, E]   order: [B], sequences sorted by task   start: [num_tasks + 1]   dprompts: fp32 [num_tasks, P, E].
+    dout: [B, P + S, E]   order: [B], sequences by task   start: [num_tasks + 1]   dprompts: [num_tasks, P, E] fp32.
     One program per (t, p) and column tile: a fixed order, no atomics.
     """
     task, p = tl.program_id(0) // P, tl.program_id(0) % P
@@ -137,5 +139,6 @@ def prompt_concat_bwd_kernel(
         b = tl.load(order_ptr + i).to(tl.int64)
         row = b * (P + S) + tl.load(layout_ptr + b * 4 + 1) + tl.load(layout_ptr + b * 4 + 2) + p
         has = p < tl.load(layout_ptr + b * 4 + 3)
-        acc += tl.load(dout_ptr + row * E + offs_e, mask=mask_e & has, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        dout = tl.load(dout_ptr + row * E + offs_e, mask=mask_e & has, other=0.0, eviction_policy="evict_first")
+        acc += dout.to(tl.float32)
     tl.store(dprompts_ptr + (task.to(tl.int64) * P + p) * E + offs_e, acc, mask=mask_e)

@@ -1,4 +1,4 @@
-"""Task plan: for every row its checked id, for every tile of 128 rows its tasks, and the runs of rows that share one."""
+"""Task plan: each row's checked id, the tasks of each tile of 128 rows, and the runs of rows that share one."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def row_ids(ids_ptr, cu_seqlens_ptr, rows, num_rows, num_ids, rows_per_id, num_tasks, PACKED: tl.constexpr):
-    """Checked id of each row: -1 for the base model, -2 for an id out of range and for a row that no sequence covers."""
+    """Checked id of each row: -1 for the base model, -2 for an id out of range, or where no sequence covers the row."""
     live = (rows >= 0) & (rows < num_rows)
     if PACKED:  # the last sequence that starts at or before the row, by bisection over num_ids + 1 offsets
         low = tl.zeros_like(rows)
@@ -16,7 +16,8 @@ def row_ids(ids_ptr, cu_seqlens_ptr, rows, num_rows, num_ids, rows_per_id, num_t
             middle = (low + high) // 2
             start = tl.load(cu_seqlens_ptr + middle, mask=live & (low < high), other=0)
             right = start <= rows
-            low, high = tl.where((low < high) & right, middle + 1, low), tl.where((low < high) & (start > rows), middle, high)
+            open = low < high
+            low, high = tl.where(open & right, middle + 1, low), tl.where(open & (start > rows), middle, high)
             span = span // 2
         index = low - 1
         live = live & (index >= 0) & (index < num_ids)

@@ -1,6 +1,7 @@
 """Launch parameters: pure functions of shape, item size and compute capability. Nothing tunes at run time.
 
-None of the choices below is measured yet on a GPU; each compiles without a spill for sm_80, sm_90 and sm_100 (tests/compile).
+None of the choices below is measured yet on a GPU; each compiles without a spill for sm_80, sm_90 and sm_100
+(tests/compile).
 """
 
 PLAN_TILE = 128  # rows of one tile of a task plan
@@ -20,14 +21,14 @@ def cdiv(a: int, b: int) -> int:
 
 
 def rowwise(M: int, N: int) -> dict:
-    """Elementwise kernels: 4096 elements a tile, 4 warps, so that each thread has four 16-byte accesses of 16-bit data in flight."""
+    """Elementwise kernels: 4096 elements a tile, 4 warps, so that each thread has four 16-byte accesses in flight."""
     block_n = min(max(next_power_of_2(N), 16), 1024)
     block_m = min(4096 // block_n, next_power_of_2(M))
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4)
 
 
 def scale_backward(N: int, erf: bool) -> dict:
-    """16 x 256 with 4 warps: about 100 registers, five blocks per SM (sm_90). erf's derivative spills there, so gelu takes half."""
+    """16 x 256 with 4 warps: about 100 registers, five blocks per SM (sm_90). erf spills there: gelu takes half."""
     return dict(BLOCK_M=8 if erf else 16, BLOCK_N=min(max(next_power_of_2(N), 16), 256), num_warps=4)
 
 
@@ -36,12 +37,12 @@ def sum_chunks(N: int) -> dict:
 
 
 def linear_is_fused(itemsize: int) -> bool:
-    """Whether ia3_linear runs its own matmul. fp32 does not: without tf32 Triton has no tensor-core form, and the vendor's is faster."""
+    """Whether ia3_linear runs its own matmul. fp32 does not: without tf32 Triton has no tensor-core form for it."""
     return itemsize == 2
 
 
 def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
-    """Persistent TMA matmul, M > SMALL_M. 128 x 256 has the best reuse; erf's registers spill there, so gelu takes 128 x 128."""
+    """Persistent TMA matmul, M > SMALL_M. 128 x 256 has the best reuse; erf spills there, so gelu takes 128 x 128."""
     if SHARED_MEMORY.get(capability, 0) < 200_000:
         if SHARED_MEMORY.get(capability, 0) < 150_000:
             return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
@@ -52,10 +53,12 @@ def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
 
 
 def linear_small(M: int, N: int, capability: int, contiguous_k: bool) -> dict:
-    """Few rows: the weights stream once, so what counts is bytes in flight. Above 32 rows x itself fills wgmma's 64 rows."""
+    """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows."""
     small = SHARED_MEMORY.get(capability, 0) < 150_000
     if M > 32:
-        return dict(SWAP=False, BLOCK_M=64, BLOCK_N=64 if small else 128, BLOCK_K=64, num_warps=8, num_stages=3 if small else 4)
+        return dict(
+            SWAP=False, BLOCK_M=64, BLOCK_N=64 if small else 128, BLOCK_K=64, num_warps=8, num_stages=3 if small else 4
+        )
     block_k = 128 if contiguous_k and not small else 64
     return dict(SWAP=True, BLOCK_M=16 if M <= 16 else 32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=4)
 

@@ -17,9 +17,9 @@ class set_backend:
     """Choose what runs the operators: `set_backend("triton")`, or `with set_backend("reference"): ...`.
 
     Args:
-        backend: "auto" (a GPU: Triton; a CPU: the native kernels where they win, else plain PyTorch), "triton", "native", or
-            "reference" (plain PyTorch, visible to torch.compile). It holds for every thread of the process; the environment
-            variable PEFT_OPS_BACKEND gives the start value.
+        backend: "auto" (a GPU: Triton; a CPU: the native kernels where they win, else plain PyTorch), "triton",
+            "native", or "reference" (plain PyTorch, visible to torch.compile). It holds for every thread of the
+            process; the environment variable PEFT_OPS_BACKEND gives the start value.
     """
 
     def __init__(self, backend: str):
@@ -41,7 +41,7 @@ def get_backend() -> str:
 
 
 class LazyKernels:
-    """The module `peft_ops.kernels.<stem>`, imported on first use: without Triton, and until a kernel runs, nothing imports it."""
+    """The module `peft_ops.kernels.<stem>`, imported when a kernel first runs: the package works without Triton."""
 
     def __init__(self, stem: str):
         self.stem = stem
@@ -60,8 +60,8 @@ def use_triton(op: str, x: Tensor) -> bool:
         return _backend in ("auto", "triton")
     if _backend == "triton" and not x.is_cuda:
         raise RuntimeError(
-            f"{op}: backend 'triton' needs CUDA tensors, got {x.device}; set TRITON_INTERPRET=1 before the first import to "
-            f"interpret the kernels on a CPU"
+            f"{op}: backend 'triton' needs CUDA tensors, got {x.device}; "
+            f"set TRITON_INTERPRET=1 before the first import to interpret the kernels on a CPU"
         )
     return x.is_cuda and _backend in ("auto", "triton")
 
@@ -71,7 +71,9 @@ def use_native(op: str, x: Tensor) -> bool:
     from peft_ops._library import has_native
 
     if _backend == "native" and not has_native():
-        raise RuntimeError(f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info")
+        raise RuntimeError(
+            f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info"
+        )
     return x.device.type == "cpu" and x.dtype != torch.float64 and _backend in ("auto", "native") and has_native()
 
 

@@ -45,10 +45,13 @@ def check_table(op: str, arg: str, table, N: int, like: Tensor, has_ids: bool) -
     return table if table.stride(1) == 1 or N <= 1 else table.contiguous()
 
 
-def check_task_ids(op: str, task_ids, lead: tuple, num_tasks: int, like: Tensor) -> tuple[Tensor | None, list[Tensor] | None, int]:
+def check_task_ids(
+    op: str, task_ids, lead: tuple, num_tasks: int, like: Tensor
+) -> tuple[Tensor | None, list[Tensor] | None, int]:
     """Ids [G] where G divides the rows, the tensors of a plan or None, and how many rows share an id.
 
-    lead: x.shape[:-1]. Ids may have the shape of a prefix of it, or [B] where x is 3-D or more and lead[0] is a multiple of B.
+    lead: x.shape[:-1]. Ids may have the shape of a prefix of it, or [B] where x is 3-D or more and lead[0] is a
+    multiple of B.
     """
     rows = 1
     for size in lead:
@@ -68,10 +71,12 @@ def check_task_ids(op: str, task_ids, lead: tuple, num_tasks: int, like: Tensor)
     prefix = 1 <= d <= len(lead) and tuple(task_ids.shape) == tuple(lead[:d])
     beams = d == 1 and len(lead) >= 2 and task_ids.shape[0] > 0 and lead[0] % task_ids.shape[0] == 0
     if not (prefix or beams):
-        hint = "" if len(lead) >= 2 else "; for a packed batch pass plan_tasks(task_ids, rows, num_tasks, cu_seqlens=...)"
+        hint = (
+            "" if len(lead) >= 2 else "; for a packed batch pass plan_tasks(task_ids, rows, num_tasks, cu_seqlens=...)"
+        )
         raise ValueError(
-            f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} a multiple of B "
-            f"and x at least 3-D, got {shape(task_ids)}{hint}"
+            f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} a multiple "
+            f"of B and x at least 3-D, got {shape(task_ids)}{hint}"
         )
     ids = task_ids.reshape(-1)
     return ids, None, rows // ids.shape[0] if prefix and all(lead[:d]) or beams else 1
@@ -80,7 +85,8 @@ def check_task_ids(op: str, task_ids, lead: tuple, num_tasks: int, like: Tensor)
 def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_ids", low: int = -1) -> None:
     """Raise IndexError for an id outside [low, end). Called by implementations, on real tensors.
 
-    On a GPU it would synchronise, so only with PEFT_OPS_DEBUG=1; the interpreter behaves as a GPU does. There the row is NaN.
+    On a GPU it would synchronise, so only with PEFT_OPS_DEBUG=1; the interpreter behaves as a GPU does. There the row
+    is NaN.
     """
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return

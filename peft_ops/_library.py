@@ -1,4 +1,4 @@
-"""Operators as torch sees them: every schema in one table, and the doors through which a public function enters its operator."""
+"""Operators as torch sees them: all schemas in one table, and the doors from a public function to its operator."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,20 +9,23 @@ from torch import Tensor
 from peft_ops._backend import get_backend
 
 SCHEMAS = {
-    "plan_tasks": "(Tensor task_ids, Tensor? cu_seqlens, SymInt rows, SymInt num_tasks) -> (Tensor, Tensor, Tensor, Tensor)",
+    "plan_tasks": "(Tensor task_ids, Tensor? cu_seqlens, SymInt rows, SymInt num_tasks)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
-    "ia3_scale_backward": "(Tensor dy, Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation, bool[2] needs) -> (Tensor, Tensor)",
-    "ia3_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id,"
-    " str? activation, bool is_feedforward, bool save) -> (Tensor, Tensor)",
+    "ia3_scale_backward": "(Tensor dy, Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation, bool[2] needs)"
+    " -> (Tensor, Tensor)",
+    "ia3_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, Tensor? task_ids, Tensor[]? plan,"
+    " SymInt rows_per_id, str? activation, bool is_feedforward, bool save) -> (Tensor, Tensor)",
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
 }
-# csrc/ implements these: x, dy, z [M, N] with any row stride and the last dimension contiguous; task_ids [G], G dividing M
+# csrc/ implements these. x, dy, z: [M, N], last dimension contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
     "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
-    "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation, bool need_dz, bool need_dl) -> (Tensor, Tensor)",
+    "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation,"
+    " bool need_dz, bool need_dl) -> (Tensor, Tensor)",
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
 }
@@ -82,7 +85,7 @@ def refuse_double_backward(op: str) -> None:
 
 
 class Operator:
-    """One operator: schema name, implementation for CPU and CUDA, fake, and gradient. Calling it takes the cheapest door.
+    """One operator: its implementation for CPU and CUDA, fake, and gradient. Calling it takes the cheapest door.
 
     Args:
         name: a key of SCHEMAS.
@@ -91,8 +94,14 @@ class Operator:
         setup_context, backward: as in torch.library.register_autograd; None for an operator without a gradient.
     """
 
-    def __init__(self, name: str, implementation: Callable, fake: Callable, setup_context: Callable | None = None,
-                 backward: Callable | None = None):
+    def __init__(
+        self,
+        name: str,
+        implementation: Callable,
+        fake: Callable,
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ):
         self.name = name
         _lib.impl(name, implementation, "CPU")
         _lib.impl(name, implementation, "CUDA")
@@ -136,9 +145,8 @@ class Operator:
 
 
 def use_reference(x: Tensor) -> bool:
-    """Chosen before the operator: torch.compile and functorch then see plain PyTorch, and devices without an operator work."""
+    """Chosen before the operator: compilers and functorch then see plain PyTorch, and other devices work."""
     if get_backend() == "reference" or x.device.type not in ("cpu", "cuda", "meta"):
         return True
     # Dynamo answers the question for functorch's interpreters with yes, although none is there
     return not torch.compiler.is_compiling() and _functorch_active()
-

@@ -1,7 +1,8 @@
 """Every operator in plain PyTorch: the specification, the oracle of the tests, and the fallback.
 
-The functions have the names and signatures of the public operators. They differentiate through autograd, trace, and run on any
-device. An id outside `[-1, num_tasks)` gives a NaN row here, as it does in a kernel; the public operators raise on a CPU.
+The functions have the names and signatures of the public operators. They differentiate through autograd, trace, and run
+on any device. An id outside `[-1, num_tasks)` gives a NaN row here, as it does in a kernel; the public operators raise
+on a CPU.
 """
 
 from functools import partial
@@ -26,8 +27,8 @@ class TaskPlan(NamedTuple):
     """Which task each row belongs to, prepared once per batch and accepted wherever `task_ids` is.
 
     Attributes:
-        task_ids: int32 [rows], the id of every row: `0 <= id < num_tasks`, -1 for the base model, -2 for an id out of range.
-        tiles: int32 [ceil(rows / 128), 3], per tile the id of its first row, the id of its second run, and where that starts.
+        task_ids: int32 [rows], the id of every row: `0 <= id < num_tasks`, -1 for the base model, -2 if out of range.
+        tiles: int32 [ceil(rows / 128), 3], per tile the ids of its first two runs, and where the second starts.
         run_index: int32 [rows], the slot in `run_end` of the run that the row belongs to. A run never crosses a tile.
         run_end: int32 [ceil(rows / 128) * 128], the row after the last one of each run; unused slots hold 0.
         num_tasks: tasks that the ids choose from.
@@ -47,7 +48,7 @@ class PromptBatch(NamedTuple):
 
     Attributes:
         inputs_embeds: [B, P + S, E], in the dtype of the embedding.
-        attention_mask: [B, P + S], in the dtype of the given mask (int64 if none was): 1 on the prompt, 0 on spare slots.
+        attention_mask: [B, P + S], in the dtype of the given mask (default int64): 1 on the prompt, 0 on spare slots.
         position_ids: int64 [B, P + S], counting attended slots from 0; 0 at pads.
         labels: [B, P + S], -100 on prompt and pad; None if no labels were given.
         token_map: int64 [B, P + S], the index in the row of `input_ids` that a slot came from; -1 for prompt and pad.
@@ -106,7 +107,7 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_rows(ia3_l: Tensor, task_ids: Tensor) -> Tensor:
-    """The scale of each id, [len(task_ids), N]: its task's vector, ones for the base model, NaN for an id out of range."""
+    """The scale of each id, [len(task_ids), N]: its task's vector, ones for the base model, NaN if out of range."""
     num_tasks = ia3_l.shape[0]
     if num_tasks == 0:
         scale = ia3_l.new_ones(task_ids.numel(), ia3_l.shape[1])
@@ -122,7 +123,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def act_scale(z: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
-    """act(z) * ia3_l[t], the elementwise half of every (IA)^3 operator. ia3_l: [num_tasks, N]; task_ids: [G], G dividing the rows."""
+    """act(z) * ia3_l[t], the elementwise half of every (IA)^3 operator. task_ids: [G], where G divides the rows."""
     dtype = compute_dtype(z, ia3_l)
     y = ACTIVATIONS[activation](z.to(dtype))
     if task_ids is None:
@@ -163,7 +164,8 @@ def act_scale_backward(
         ids = torch.zeros(groups, dtype=torch.int64, device=z.device) if task_ids is None else task_ids
         # base rows and bad ids add to a slot of their own that nobody reads
         slot = torch.where((ids >= 0) & (ids < num_tasks), ids, num_tasks)
-        dl = torch.zeros(num_tasks + 1, N, dtype=dtype, device=z.device).index_add_(0, slot, per_group)[:num_tasks].clone()
+        dl = torch.zeros(num_tasks + 1, N, dtype=dtype, device=z.device).index_add_(0, slot, per_group)
+        dl = dl[:num_tasks].clone()
     return dz, dl
 
 
@@ -200,9 +202,10 @@ def prompt_layout(
     left: bool,
     device: torch.device,
 ) -> Tensor:
-    """Where things stand in each row, int32 [B, 4]: checked id, spare slots in front, tokens before the prompt, prompt length.
+    """Where things stand in each row, int32 [B, 4]: checked id, spare slots in front, tokens before the prompt, length.
 
-    A row reads `[front spare slots | tokens before | prompt | the other tokens | the other spare slots]`. sizes: B, S, num_tasks, P.
+    A row reads `[front spare slots | tokens before | prompt | the other tokens | the other spare slots]`. sizes: B, S,
+    num_tasks, P.
     """
     B, S, num_tasks, P = sizes
     ids = torch.zeros(B, dtype=torch.int32, device=device) if task_ids is None else check_ids(task_ids, num_tasks)
@@ -293,7 +296,8 @@ def concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int) -> Ten
     p = torch.arange(P, device=dout.device)
     row = torch.arange(B, device=dout.device)[:, None] * dout.shape[1] + (front + before)[:, None] + p
     has = p < length[:, None]
-    slot = torch.where(has & (ids >= 0)[:, None], ids[:, None] * P + p, num_tasks * P)  # the last slot is read by nobody
+    # what is no prompt adds to a last slot that nobody reads
+    slot = torch.where(has & (ids >= 0)[:, None], ids[:, None] * P + p, num_tasks * P)
     dtype = compute_dtype(dout)
     rows = dout.reshape(-1, E).index_select(0, torch.where(has, row, 0).reshape(-1)).to(dtype)
     dprompts = torch.zeros(num_tasks * P + 1, E, dtype=dtype, device=dout.device)
@@ -305,7 +309,8 @@ def take_tokens(dout: Tensor, layout: Tensor, P: int) -> Tensor:
     S = dout.shape[1] - P
     _, front, before, length = layout.long().unsqueeze(2).unbind(1)
     s = torch.arange(S, device=dout.device)[None]
-    return _take(dout, front + s + torch.where(s < before, 0, length), torch.ones_like(s, dtype=torch.bool).expand(dout.shape[0], S))
+    valid = torch.ones_like(s, dtype=torch.bool).expand(dout.shape[0], S)
+    return _take(dout, front + s + torch.where(s < before, 0, length), valid)
 
 
 def _take(values: Tensor, source: Tensor, valid: Tensor) -> Tensor:

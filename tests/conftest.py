@@ -1,6 +1,9 @@
 """What the tests share: the device, the one tolerance rule, ids of every popularity, and poisoned allocations."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 import torch
@@ -51,15 +54,17 @@ def assert_same(got: Tensor, want: Tensor, *, bitwise: bool | None = None) -> No
         off = (got.double() - want.double()).abs() > ulp(want, want.dtype)
     else:
         off = got != want
-    assert not off.any(), f"{int(off.sum())} of {off.numel()} differ, first {got[off][0].item()} for {want[off][0].item()}"
+    assert not off.any(), (
+        f"{int(off.sum())} of {off.numel()} differ, first {got[off][0].item()} for {want[off][0].item()}"
+    )
 
 
 def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, fp64: Tensor, *, elementwise: bool = False) -> None:
     """The tolerance of every test that is not bitwise: as close to fp64 as torch's own arithmetic in the same dtype.
 
-    Largest error at most twice torch's plus one ulp of the largest value, rms error at most 1.2 times torch's (plus a thousandth of
-    an ulp, where torch is exact). elementwise: every element within twice torch's own error there plus one ulp, for 16-bit
-    forwards.
+    Largest error at most twice torch's plus one ulp of the largest value, rms error at most 1.2 times torch's (plus a
+    thousandth of an ulp, where torch is exact). elementwise: every element within twice torch's own error there plus
+    one ulp, for 16-bit forwards.
     """
     assert got.shape == fp64.shape, (got.shape, fp64.shape)
     assert torch.equal(got.isnan(), same_dtype.isnan()), "NaN at other places"
@@ -70,7 +75,9 @@ def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, fp64: Tensor, *, el
     error, allowed = (got - fp64).abs(), (same_dtype - fp64).abs()
     largest = ulp(fp64.abs().max(), unit)
     slack = 2 if truncates(unit) else 1  # truncation doubles the rounding error, and its rms too
-    assert error.max() <= 2 * allowed.max() + slack * largest, f"largest error {error.max():.3g}, torch's {allowed.max():.3g}"
+    assert error.max() <= 2 * allowed.max() + slack * largest, (
+        f"largest error {error.max():.3g}, torch's {allowed.max():.3g}"
+    )
     rms, torch_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
     floor = ulp(fp64, unit).square().mean().sqrt() * (0.6 if truncates(unit) else 1e-3)
     assert rms <= 1.2 * torch_rms + floor, f"rms error {rms:.3g}, torch's {torch_rms:.3g}"
@@ -105,3 +112,29 @@ def guarded(*shape: int, dtype: torch.dtype, fill: float = float("nan"), margin:
 
 def assert_guards(buffer: Tensor, margin: int = 256) -> None:
     assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "written outside the tensor"
+
+
+@contextmanager
+def launches(lazy) -> Iterator[list[tuple[str, dict]]]:
+    """Name and keyword arguments of every kernel of a module's `kernels` that is launched meanwhile."""
+    source, seen = import_module(f"peft_ops.kernels.{lazy.stem}"), []
+
+    class Recorder:
+        def __init__(self, name: str):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                seen.append((self.name, kwargs))
+                return getattr(source, self.name)[grid](*args, **kwargs)
+
+            return launch
+
+    names = [name for name in vars(source) if name.endswith("_kernel")]
+    for name in names:
+        setattr(lazy, name, Recorder(name))
+    try:
+        yield seen
+    finally:
+        for name in names:
+            delattr(lazy, name)  # looked up again on the next use

@@ -127,14 +127,17 @@ def test_saves_x_only_for_the_vector():
     x, ia3_l = make(64, 128)
     for x_grad, l_grad in ((True, False), (False, True)):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            ia3_scale(x.clone().requires_grad_(x_grad), ia3_l.clone().requires_grad_(l_grad), ids_like("distinct", 64, 3))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            ia3_scale(
+                x.clone().requires_grad_(x_grad), ia3_l.clone().requires_grad_(l_grad), ids_like("distinct", 64, 3)
+            )
         large = [t for t in saved if t.numel() == x.numel()]
         assert len(large) == l_grad, [t.shape for t in saved]
 
 
 def test_dl_does_not_depend_on_other_tasks(dtype):
-    """Rows of task 1 keep their order among themselves; how many rows of others stand between, and what they hold, changes."""
+    """Rows of task 1 keep their order among themselves; how many rows of others stand between, and what they hold,
+    changes."""
     N, mine = 24, 600
     values, grads = torch.randn(mine, N, device=DEVICE).to(dtype), torch.randn(mine, N, device=DEVICE).to(dtype)
     seen = []
@@ -172,7 +175,10 @@ def test_rows_are_independent(dtype):
         ids, row = ids_like("uniform", M, 3), int(torch.randint(M, (1,), generator=generator))
         before = ia3_scale(x, ia3_l, ids)[row].clone()
         others = torch.arange(M, device=DEVICE) != row
-        x[others], ids[others] = torch.randn(int(others.sum()), N, device=DEVICE).to(dtype), ids_like("uniform", int(others.sum()), 3)
+        x[others], ids[others] = (
+            torch.randn(int(others.sum()), N, device=DEVICE).to(dtype),
+            ids_like("uniform", int(others.sum()), 3),
+        )
         x[others] *= torch.where(torch.rand(int(others.sum()), 1, device=DEVICE) < 0.2, NAN, 1.0).to(dtype)
         assert torch.equal(ia3_scale(x, ia3_l, ids)[row], before)
 
@@ -189,7 +195,9 @@ def test_batch_size_and_order_do_not_matter(dtype):
 
 def special_values(dtype):
     info = torch.finfo(dtype)
-    subnormal = info.tiny if INTERPRET and dtype == torch.bfloat16 else info.tiny / 2  # it flushes subnormal bf16 to zero
+    subnormal = (
+        info.tiny if INTERPRET and dtype == torch.bfloat16 else info.tiny / 2
+    )  # it flushes subnormal bf16 to zero
     return torch.tensor([INF, -INF, NAN, -0.0, subnormal, info.max, info.tiny, 1.0], dtype=dtype, device=DEVICE)
 
 
@@ -337,7 +345,12 @@ def test_repeats_are_bitwise_equal(dtype):
 
 @settings(max_examples=30 if INTERPRET else 100, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 70), st.integers(1, 70), st.integers(1, 5), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.integers(0, 2**31)
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
 )
 def test_any_shape(M, N, num_tasks, dtype, l_dtype, seed):
     torch.manual_seed(seed)
@@ -365,7 +378,9 @@ def test_opcheck(layout, with_ids, grad):
         ids = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(torch.ops.peft_ops.ia3_scale, (x, ia3_l, ids, None))
     dy = torch.randn(x.shape, device=DEVICE)
-    torch.library.opcheck(torch.ops.peft_ops.ia3_scale_backward, (dy, x.detach(), ia3_l.detach(), ids, "silu", [True, True]))
+    torch.library.opcheck(
+        torch.ops.peft_ops.ia3_scale_backward, (dy, x.detach(), ia3_l.detach(), ids, "silu", [True, True])
+    )
 
 
 def test_compiles_with_dynamic_batches():
@@ -408,7 +423,11 @@ def test_exports_and_loads(tmp_path):
         def forward(self, x, ids):
             return ia3_scale(x, self.ia3_l, ids)
 
-    module, x, ids = Scale().to(DEVICE), torch.randn(4, 5, 16, device=DEVICE), torch.tensor([0, 1, -1, 2], device=DEVICE)
+    module, x, ids = (
+        Scale().to(DEVICE),
+        torch.randn(4, 5, 16, device=DEVICE),
+        torch.tensor([0, 1, -1, 2], device=DEVICE),
+    )
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, (x, ids), dynamic_shapes={"x": {0: batch}, "ids": {0: batch}})
     torch.export.save(program, tmp_path / "scale.pt2")
@@ -473,8 +492,16 @@ BAD_INPUT = {
     "ids divide packed rows by chance": ((X.view(12, 8), L, IDS), ValueError, "for a packed batch pass plan_tasks"),
     "plan for other rows": ((X, L, plan_tasks(IDS, 4, 2)), ValueError, "must be a plan for 12 rows, got one for 4"),
     "plan for other tasks": ((X, L, plan_tasks(IDS, 12, 3)), ValueError, "must be a plan for 2 tasks, got one for 3"),
-    "ids elsewhere": ((X, L, IDS.to("meta")), ValueError, "task_ids must be on cpu, as the other arguments are, got meta"),
-    "table elsewhere": ((X, L.to("meta"), IDS), ValueError, "ia3_l must be on cpu, as the other arguments are, got meta"),
+    "ids elsewhere": (
+        (X, L, IDS.to("meta")),
+        ValueError,
+        "task_ids must be on cpu, as the other arguments are, got meta",
+    ),
+    "table elsewhere": (
+        (X, L.to("meta"), IDS),
+        ValueError,
+        "ia3_l must be on cpu, as the other arguments are, got meta",
+    ),
 }
 
 

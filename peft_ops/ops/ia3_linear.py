@@ -1,4 +1,4 @@
-"""Linear layer with (IA)^3: y = act(x W^T + b) * ia3_l[t(m)], or y = (x * ia3_l[t(m)]) W^T + b for a feed-forward layer."""
+"""Linear layer with (IA)^3: y = act(x W^T + b) * ia3_l[t], or y = (x * ia3_l[t]) W^T + b if is_feedforward."""
 
 from contextvars import copy_context
 
@@ -8,7 +8,15 @@ from torch import Tensor
 
 from peft_ops import reference
 from peft_ops._backend import LazyKernels, use_triton
-from peft_ops._checks import FLOATS, check_activation, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
+from peft_ops._checks import (
+    FLOATS,
+    check_activation,
+    check_ids_in_range,
+    check_table,
+    check_task_ids,
+    check_tensor,
+    shape,
+)
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward
 from peft_ops.ops.task_plan import launch_plan
@@ -18,7 +26,7 @@ kernels, tiles = LazyKernels("ia3_linear"), LazyKernels("tiles")
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability and multiprocessors of x's GPU; what is compiled for when there is none (interpreter, offline)."""
+    """Compute capability and multiprocessors of x's GPU; without one (interpreter), sm_90 and two."""
     if not x.is_cuda:
         return 90, 2
     properties = torch.cuda.get_device_properties(x.device)
@@ -28,7 +36,10 @@ def _capability(x: Tensor) -> tuple[int, int]:
 def _tma_takes(*rows: Tensor) -> bool:
     """Whether every matrix has 16-byte aligned rows with a contiguous last dimension, as a TMA descriptor requires."""
     return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() >= 16
+        t.stride(1) == 1
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and t.shape[1] * t.element_size() >= 16
         for t in rows
     )
 
@@ -126,11 +137,18 @@ def _setup_context(ctx, inputs, output):
     ctx.activation, ctx.is_feedforward, ctx.has_bias = activation, is_feedforward, bias is not None
     needs_z = not is_feedforward and (need_l or (activation is not None and (need_x or need_weight or need_bias)))
     if needs_z and not save:
-        raise RuntimeError("ia3_linear: save must be True where a gradient of ia3_l, or one through an activation, is needed, got False")
+        raise RuntimeError(
+            "ia3_linear: save must be True for a gradient of ia3_l, and for one through an activation, got False"
+        )
     keep_x = need_weight or (is_feedforward and need_l)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x if keep_x else None, weight if need_x or (is_feedforward and need_l) else None, ia3_l, task_ids,
-                          output[1] if needs_z else None)
+    ctx.save_for_backward(
+        x if keep_x else None,
+        weight if need_x or (is_feedforward and need_l) else None,
+        ia3_l,
+        task_ids,
+        output[1] if needs_z else None,
+    )
 
 
 def _backward(ctx, dy, _):
@@ -183,26 +201,30 @@ def ia3_linear(
 ) -> Tensor:
     """A linear layer under (IA)^3 (arXiv 2205.05638), each row with the vector of its own task.
 
-    Semantics: z = F.linear(x, weight, bias); activation(z) * ia3_l[task_ids]            (keys, values: scale what comes out)
-               F.linear(x * ia3_l[task_ids], weight, bias)            if is_feedforward  (PEFT: scale what goes in)
-    with row -1 of ia3_l ones: the base model. Without activation, and where no fused kernel is chosen, bitwise what PEFT computes.
+    Semantics: activation(F.linear(x, weight, bias)) * ia3_l[task_ids]   (keys, values: scale what comes out)
+               F.linear(x * ia3_l[task_ids], weight, bias)               if is_feedforward (scale what goes in)
+    with row -1 of ia3_l ones: the base model. Without activation, and where no fused kernel is chosen, bitwise what
+    PEFT computes.
 
     Args:
         x: [..., K]; fp32, fp16 or bf16 (fp64 runs on plain PyTorch). Its leading dimensions may be strided.
         weight: [N, K] in x's dtype, contiguous along either dimension.
         bias: [N] in x's dtype, or None.
-        ia3_l: [num_tasks, N] or [N] ([num_tasks, K] or [K] if is_feedforward), in any of those dtypes; the product is taken in fp32.
-        task_ids: int32 or int64; its shape is a prefix of x.shape[:-1], or [B] where x is at least 3-D and x.shape[0] a multiple of
-            B (beams); or a plan of `plan_tasks`. -1 is the base model. None: one task for all rows.
+        ia3_l: [num_tasks, N] or [N] ([num_tasks, K] or [K] if is_feedforward), in any of those dtypes; the product is
+            taken in fp32.
+        task_ids: int32 or int64; its shape is a prefix of x.shape[:-1], or [B] where x is at least 3-D and x.shape[0] a
+            multiple of B (beams); or a plan of `plan_tasks`. -1 is the base model. None: one task for all rows.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu", applied before the scale; not with is_feedforward.
         is_feedforward: scale the input instead of the output.
 
     Returns:
-        [..., N] in x's dtype, contiguous. Saved for backward: x if weight (or, with is_feedforward, ia3_l) needs a gradient, and
-        z if ia3_l does or an activation stands between. Autocast casts x, weight and bias as F.linear does, never ia3_l.
+        [..., N] in x's dtype, contiguous. Saved for backward: x if weight (or, with is_feedforward, ia3_l) needs a
+        gradient, and z if ia3_l does or an activation stands between. Autocast casts x, weight and bias as F.linear
+        does, never ia3_l.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there
+            too).
         NotImplementedError, RuntimeError: forward-mode AD, double backward.
     """
     op = "ia3_linear"
@@ -231,8 +253,13 @@ def ia3_linear(
     if weight.stride(0) != 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     differentiable = x, weight, bias, table
-    save = torch.is_grad_enabled() and not is_feedforward and (
-        table.requires_grad or (activation is not None and any(t is not None and t.requires_grad for t in differentiable))
+    save = (
+        torch.is_grad_enabled()
+        and not is_feedforward
+        and (
+            table.requires_grad
+            or (activation is not None and any(t is not None and t.requires_grad for t in differentiable))
+        )
     )
     args = x, weight, bias, table, ids, plan, rows_per_id, activation, is_feedforward, save
     return _op(*args, differentiable=differentiable)[0]

@@ -37,11 +37,13 @@ def launch_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: 
     return y
 
 
-def chunks_by_task(task_ids: Tensor | None, M: int, num_tasks: int, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Rows grouped by task, in pieces of CHUNK_ROWS of a task's own rows in row order. No synchronisation, static shapes.
+def chunks_by_task(
+    task_ids: Tensor | None, M: int, num_tasks: int, device: torch.device
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Rows grouped by task, in pieces of CHUNK_ROWS of a task's own rows in row order; static shapes, no sync.
 
-    Returns the positions of task_ids sorted by task (stable), chunks int32 [C, 3] (first row in that order, end, task), and
-    int32 [num_tasks + 1], where each task's chunks start. C bounds their number; the ones left over are empty.
+    Returns the positions of task_ids sorted by task (stable), chunks int32 [C, 3] (first row in that order, end, task),
+    and int32 [num_tasks + 1], where each task's chunks start. C bounds their number; the ones left over are empty.
     """
     size = tiles.CHUNK_ROWS
     if task_ids is None:
@@ -61,7 +63,11 @@ def chunks_by_task(task_ids: Tensor | None, M: int, num_tasks: int, device: torc
     first = row_start[owner] + (chunk - chunk_start[owner]) * size
     end = torch.minimum(first + size, row_start[owner + 1])
     task = torch.where(owner < num_tasks, owner, num_tasks - owner - 1)
-    return order.to(torch.int32), torch.stack([first, end, task], 1).to(torch.int32), chunk_start[: num_tasks + 1].to(torch.int32)
+    return (
+        order.to(torch.int32),
+        torch.stack([first, end, task], 1).to(torch.int32),
+        chunk_start[: num_tasks + 1].to(torch.int32),
+    )
 
 
 def launch_scale_backward(
@@ -104,7 +110,9 @@ def _ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: st
     return scale_forward("ia3_scale", x, ia3_l, task_ids, activation)
 
 
-def _ia3_scale_backward(dy: Tensor, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]):
+def _ia3_scale_backward(
+    dy: Tensor, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]
+):
     need_dx, need_dl = needs
     if use_triton("ia3_scale", x):
         dx, dl = launch_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
@@ -148,27 +156,32 @@ def _backward(ctx, dy):
 
 
 _op = Operator(
-    "ia3_scale", _ia3_scale, lambda x, ia3_l, task_ids, activation: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    _setup_context, _backward,
+    "ia3_scale",
+    _ia3_scale,
+    lambda x, ia3_l, task_ids, activation: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    _setup_context,
+    _backward,
 )
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = None) -> Tensor:
     """Scale every feature of x by the (IA)^3 vector of its row's task (arXiv 2205.05638).
 
-    Semantics: (x * ia3_l[task_ids]).to(x.dtype), where row -1 of ia3_l is ones: the base model. The product is taken in fp32.
+    Semantics: (x * ia3_l[task_ids]).to(x.dtype), where row -1 of ia3_l is ones: the base model. The product is fp32.
 
     Args:
         x: [..., N]; fp32, fp16 or bf16 (fp64 runs on plain PyTorch).
         ia3_l: [N] or [num_tasks, N], any of those dtypes.
-        task_ids: int32 or int64; its shape is a prefix of x.shape[:-1], or [B] where x is at least 3-D and x.shape[0] a multiple
-            of B (beams); or a plan of `plan_tasks`. -1 is the base model: that row comes back bitwise. None: one task for all.
+        task_ids: int32 or int64; its shape is a prefix of x.shape[:-1], or [B] where x is at least 3-D and x.shape[0] a
+            multiple of B (beams); or a plan of `plan_tasks`. -1 is the base model: that row comes back bitwise. None:
+            one task for all.
 
     Returns:
         Like x, contiguous. Saved for backward: x if ia3_l needs a gradient, and ia3_l.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there
+            too).
         NotImplementedError, RuntimeError: forward-mode AD, double backward.
     """
     op = "ia3_scale"

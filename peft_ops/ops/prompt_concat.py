@@ -1,4 +1,4 @@
-"""Prompt and token embeddings in one pass: inputs_embeds = [h(P); e(X)], each sequence with the prompt of its own task."""
+"""Prompt and token embeddings in one pass: [h(P); e(X)], each sequence with the prompt of its own task."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
     mask = torch.empty(size, dtype=mask_dtype, device=device)
     positions, token_map = (torch.empty(size, dtype=torch.int64, device=device) for _ in range(2))
-    out_labels = torch.empty(0 if labels is None else size, dtype=torch.int64 if labels is None else labels.dtype, device=device)
+    out_labels = torch.empty(
+        0 if labels is None else size, dtype=torch.int64 if labels is None else labels.dtype, device=device
+    )
     layout = torch.empty((B, 4), dtype=torch.int32, device=device)
     if B == 0 or P + S == 0:
         return out, mask, positions, out_labels, token_map, layout
@@ -86,7 +88,9 @@ def _prompt_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attenti
     if use_triton("prompt_concat", widest):
         return launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left)
     B, S = tokens.shape[:2]
-    layout = reference.prompt_layout(task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), left, tokens.device)
+    layout = reference.prompt_layout(
+        task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), left, tokens.device
+    )
     if use_native("prompt_concat", widest) and native_wins("prompt_concat", source.dtype, B * (P + S) * E):
         out = native.prompt_concat(tokens, embedding, prompts, layout)
     else:
@@ -170,10 +174,11 @@ def prompt_concat(
 ) -> PromptBatch:
     """Put each sequence's continuous prompt before its text (P-Tuning, arXiv 2103.10385; prompt tuning, 2104.08691).
 
-    Semantics: inputs_embeds[b] = cat(prompts[task_ids[b], :prompt_lengths[task_ids[b]]], embedding[input_ids[b]]), P + S slots in all
-    with the prompt right before the first slot that attention_mask attends to, so that pads never come between a prompt and its
-    text: right padding gives [prompt; tokens; pad], left padding [pad; prompt; tokens]. Slots that a shorter prompt leaves over are
-    zeros that nobody attends to; `padding_side` says at which end they lie, and where the prompt goes in a row without any token.
+    Semantics: inputs_embeds[b] = cat(prompts[t, :prompt_lengths[t]], embedding[input_ids[b]]) with t = task_ids[b]
+    in P + S slots, with the prompt right before the first slot that attention_mask attends to, so that pads never come
+    between a prompt and its text: right padding gives [prompt; tokens; pad], left padding [pad; prompt; tokens]. Slots that a shorter
+    prompt leaves over are zeros that nobody attends to; `padding_side` says at which end they lie, and where the prompt
+    goes in a row without any token.
 
     Args:
         input_ids: int32 or int64 [B, S]; None if inputs_embeds is given.
@@ -187,12 +192,14 @@ def prompt_concat(
         padding_side: "right" or "left".
 
     Returns:
-        PromptBatch(inputs_embeds, attention_mask, position_ids, labels, token_map). Differentiable in prompts, embedding and
-        inputs_embeds; saved for backward: 16 bytes per sequence, and input_ids if embedding needs a gradient.
+        PromptBatch(inputs_embeds, attention_mask, position_ids, labels, token_map). Differentiable in prompts,
+        embedding and inputs_embeds; saved for backward: 16 bytes per sequence, and input_ids if embedding needs a
+        gradient.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), a token outside [0, V), a length outside [0, P], on a CPU. On a GPU that
-            sequence's, or that token's, embeddings are NaN, and the length is clamped (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), a token outside [0, V), a length outside [0, P], on a CPU. On a GPU
+            that sequence's, or that token's, embeddings are NaN, and the length is clamped (PEFT_OPS_DEBUG=1 raises
+            there too).
     """
     op = "prompt_concat"
     prompts, task_ids = _check_prompts(op, prompts, task_ids, prompt_lengths)
@@ -212,7 +219,10 @@ def prompt_concat(
             input_ids, embedding, prompts, task_ids, prompt_lengths=prompt_lengths, attention_mask=attention_mask,
             labels=labels, inputs_embeds=inputs_embeds, padding_side=padding_side,
         )  # fmt: skip
-    args = [None if t is None else t.contiguous() for t in (tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels)]
+    args = [
+        None if t is None else t.contiguous()
+        for t in (tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels)
+    ]
     out, mask, positions, out_labels, token_map, _ = _op(*args, padding_side == "left", differentiable=args[:3])
     return PromptBatch(out, mask, positions, None if labels is None else out_labels, token_map)
 
@@ -235,7 +245,9 @@ def _check_prompts(op: str, prompts, task_ids, prompt_lengths) -> tuple[Tensor, 
     if prompt_lengths is not None:
         check_tensor(op, "prompt_lengths", prompt_lengths, dtypes=IDS, dim=1, like=prompts)
         if prompt_lengths.shape[0] != num_tasks:
-            raise ValueError(f"{op}: prompt_lengths must have shape [{num_tasks}], one per task, got {shape(prompt_lengths)}")
+            raise ValueError(
+                f"{op}: prompt_lengths must have shape [{num_tasks}], one per task, got {shape(prompt_lengths)}"
+            )
     return prompts, task_ids
 
 
@@ -247,10 +259,10 @@ def _check_tokens(op: str, input_ids, embedding, inputs_embeds, prompts: Tensor)
     if inputs_embeds is not None:
         check_tensor(op, "inputs_embeds", inputs_embeds, dtypes=FLOATS, dim=3, like=prompts)
         if inputs_embeds.shape[2] != E:
-            raise ValueError(f"{op}: inputs_embeds must have {E} features, as prompts {shape(prompts)} have, got {shape(inputs_embeds)}")
+            raise ValueError(f"{op}: inputs_embeds must have {E} features, as prompts have, got {shape(inputs_embeds)}")
         return inputs_embeds, None
     check_tensor(op, "input_ids", input_ids, dtypes=IDS, dim=2, like=prompts)
     check_tensor(op, "embedding", embedding, dtypes=FLOATS, dim=2, like=prompts)
     if embedding.shape[1] != E:
-        raise ValueError(f"{op}: embedding must have {E} features, as prompts {shape(prompts)} have, got {shape(embedding)}")
+        raise ValueError(f"{op}: embedding must have {E} features, as prompts have, got {shape(embedding)}")
     return input_ids, embedding

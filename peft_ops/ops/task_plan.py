@@ -12,7 +12,9 @@ from peft_ops.reference import TaskPlan
 kernels, tiles = LazyKernels("task_plan"), LazyKernels("tiles")
 
 
-def launch_plan(task_ids: Tensor, cu_seqlens: Tensor | None, rows: int, num_tasks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_plan(
+    task_ids: Tensor, cu_seqlens: Tensor | None, rows: int, num_tasks: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids, tiles, run_index and run_end of a TaskPlan, in one launch."""
     num_tiles = tiles.cdiv(rows, tiles.PLAN_TILE)
 
@@ -54,20 +56,21 @@ _plan_tasks_op = Operator("plan_tasks", _plan_tasks, _plan_tasks_fake)
 def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tensor | None = None) -> TaskPlan:
     """Prepare a batch's task selection once; the plan is accepted wherever `task_ids` is.
 
-    One launch, no synchronisation, no shape that depends on data. It is valid for every layer with `num_tasks` tasks whose input
-    has `rows` rows (all leading dimensions of x together).
+    One launch, no synchronisation, no shape that depends on data. It is valid for every layer with `num_tasks` tasks
+    whose input has `rows` rows (all leading dimensions of x together).
 
-    Semantics: ids = task_ids.repeat_interleave(rows // len(task_ids)), or .repeat_interleave(cu_seqlens.diff()) when packed
+    Semantics: task_ids.repeat_interleave(rows // len(task_ids)), or .repeat_interleave(cu_seqlens.diff()) if packed
 
     Args:
         task_ids: int32 or int64, one per sequence (any shape whose element count divides `rows`); -1 is the base model.
         rows: rows of x, `x.shape[:-1].numel()`.
         num_tasks: rows of the (IA)^3 table.
-        cu_seqlens: int32 or int64 [len(task_ids) + 1], where each sequence of a packed batch starts, ascending from 0. A row that
-            no sequence covers counts as a bad id.
+        cu_seqlens: int32 or int64 [len(task_ids) + 1], where each sequence of a packed batch starts, ascending from 0.
+            A row that no sequence covers counts as a bad id.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU such a row becomes NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU such a row becomes NaN (PEFT_OPS_DEBUG=1 raises
+            there too).
     """
     op = "plan_tasks"
     check_tensor(op, "task_ids", task_ids, dtypes=IDS)
@@ -81,10 +84,14 @@ def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tenso
     if cu_seqlens is not None:
         check_tensor(op, "cu_seqlens", cu_seqlens, dtypes=IDS, dim=1, like=task_ids)
         if cu_seqlens.shape[0] != count + 1:
-            raise ValueError(f"{op}: cu_seqlens must have {count + 1} entries for {count} task_ids, got {cu_seqlens.shape[0]}")
+            raise ValueError(
+                f"{op}: cu_seqlens must have {count + 1} entries for {count} task_ids, got {cu_seqlens.shape[0]}"
+            )
     elif (count == 0 and rows > 0) or (count > 0 and rows % count != 0):
         raise ValueError(f"{op}: rows must be a multiple of the {count} task_ids, got {rows}")
     if use_reference(task_ids):
         return reference.plan_tasks(task_ids, rows, num_tasks, cu_seqlens=cu_seqlens)
-    tensors = _plan_tasks_op(task_ids.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous(), rows, num_tasks)
+    tensors = _plan_tasks_op(
+        task_ids.contiguous(), None if cu_seqlens is None else cu_seqlens.contiguous(), rows, num_tasks
+    )
     return TaskPlan(*tensors, num_tasks, 1 if cu_seqlens is not None or count == 0 else rows // count)

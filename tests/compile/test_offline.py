@@ -1,4 +1,5 @@
-"""Every launch of the package compiles for sm_80, sm_90 and sm_100 without a spill; its own process, for the interpreter cannot compile."""
+"""Every launch of the package compiles for sm_80, sm_90 and sm_100 without a spill; its own process, for the
+interpreter cannot compile."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,20 @@ CASES = [(case, capability) for case in cases() for capability in ARCHITECTURES]
 
 @pytest.fixture(scope="module")
 def measured():
-    """Recording is not thread-safe and takes no time; ptxas and nvdisasm are processes of their own, so two threads keep two cores busy."""
+    """Recording is not thread-safe and takes no time; ptxas and nvdisasm are processes of their own, so two threads
+    keep two cores busy."""
     launches = [case.record(capability) for case, capability in CASES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(lambda a: resources(compile_launch(*a)), (launch, c)) for launch, (_, c) in zip(launches, CASES, strict=True)]
+        futures = [
+            pool.submit(lambda a: resources(compile_launch(*a)), (launch, c))
+            for launch, (_, c) in zip(launches, CASES, strict=True)
+        ]
         return {(case.name, c): future for (case, c), future in zip(CASES, futures, strict=True)}
 
 
-@pytest.mark.parametrize(("case", "capability"), CASES, ids=[f"{case.name}-sm{c}".replace(" ", "_") for case, c in CASES])
+@pytest.mark.parametrize(
+    ("case", "capability"), CASES, ids=[f"{case.name}-sm{c}".replace(" ", "_") for case, c in CASES]
+)
 def test_compiles_clean(case, capability, measured):
     r = measured[case.name, capability].result()
     assert not problems(case, r, capability), r
