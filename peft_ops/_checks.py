@@ -75,8 +75,8 @@ def check_task_ids(
             "" if len(lead) >= 2 else "; for a packed batch pass plan_tasks(task_ids, rows, num_tasks, cu_seqlens=...)"
         )
         raise ValueError(
-            f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} a multiple "
-            f"of B and x at least 3-D, got {shape(task_ids)}{hint}"
+            f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} "
+            f"a multiple of B and x at least 3-D, got {shape(task_ids)}{hint}"
         )
     ids = task_ids.reshape(-1)
     return ids, None, rows // ids.shape[0] if prefix and all(lead[:d]) or beams else 1

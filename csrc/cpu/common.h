@@ -9,9 +9,10 @@
 
 #include "ops.h"
 
-// The same loop compiled for three instruction sets; the loader picks one. It needs ifunc, hence glibc.
+// The same loop compiled for three instruction sets, of which the loader picks one. That needs ifunc, hence glibc, and clones of
+// templates, hence GCC; elsewhere CXXFLAGS="-march=..." chooses.
 #ifndef PEFT_OPS_CLONES
-#if defined(__x86_64__) && defined(__GLIBC__) && ((!defined(__clang__) && __GNUC__ >= 12) || (defined(__clang__) && __clang_major__ >= 18))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define PEFT_OPS_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define PEFT_OPS_CLONES

@@ -176,9 +176,9 @@ def prompt_concat(
 
     Semantics: inputs_embeds[b] = cat(prompts[t, :prompt_lengths[t]], embedding[input_ids[b]]) with t = task_ids[b]
     in P + S slots, with the prompt right before the first slot that attention_mask attends to, so that pads never come
-    between a prompt and its text: right padding gives [prompt; tokens; pad], left padding [pad; prompt; tokens]. Slots that a shorter
-    prompt leaves over are zeros that nobody attends to; `padding_side` says at which end they lie, and where the prompt
-    goes in a row without any token.
+    between a prompt and its text: right padding gives [prompt; tokens; pad], left padding [pad; prompt; tokens]. Slots
+    that a shorter prompt leaves over are zeros that nobody attends to; `padding_side` says at which end they lie, and
+    where the prompt goes in a row without any token.
 
     Args:
         input_ids: int32 or int64 [B, S]; None if inputs_embeds is given.
