@@ -150,26 +150,29 @@ def _scale_backward(M, N, dtype, ids, activation, need_dx, need_dl, which=0):
     return record
 
 
+@contextmanager
+def _gpu(capability: int) -> Iterator[None]:
+    """The launchers choose as on a GPU of this compute capability."""
+    known = ia3_linear._capability
+    ia3_linear._capability = lambda x: (capability, tiles.MULTIPROCESSORS[capability])
+    try:
+        yield
+    finally:
+        ia3_linear._capability = known
+
+
 def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=False):
+    """ids: None, "two" (sequences of 128 rows and more) or "runs" (per token)."""
+
     def record(capability):
-        x, y = _meta(M, K, dtype=dtype), _meta(M, N, dtype=dtype)
         weight = _meta(K, N, dtype=dtype).t() if transposed else _meta(N, K, dtype=dtype)
-        table, b = _meta(4, N, dtype=torch.float32), _meta(N, dtype=dtype) if bias else None
-        z = _meta(M, N, dtype=dtype) if save else None
         task_ids = None if ids is None else _ids(M, torch.int32)
-        with recorded(ia3_linear) as launches:
-            if M > tiles.SMALL_M and ia3_linear._tma_takes(x, weight.t() if transposed else weight, y):
-                plan = (
-                    None
-                    if ids is None
-                    else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
-                )
-                rows_per_id = 128 if ids == "two" else 1
-                ia3_linear._launch_large(
-                    x, weight, b, table, task_ids, plan, rows_per_id, activation, y, z, capability, 132
-                )
-            else:
-                ia3_linear._launch_small(x, weight, b, table, task_ids, activation, y, z, capability)
+        plan = None if ids is None else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+        with recorded(ia3_linear) as launches, _gpu(capability):
+            ia3_linear.launch_linear(
+                _meta(M, K, dtype=dtype), weight, _meta(N, dtype=dtype) if bias else None,
+                _meta(4, N, dtype=torch.float32), task_ids, plan, 128 if ids == "two" else 1, activation, save,
+            )  # fmt: skip
         return launches[0]
 
     return record
@@ -253,10 +256,16 @@ def cases() -> list[Case]:
             matrix=True,
         )
     )
-    for M in (1, 16, 32, 64):
-        for activation in (None, "gelu"):
-            name = f"ia3_linear bf16 {M}x4096x4096 {activation or ''}"
-            found.append(Case(name, _linear(M, 4096, 4096, bf16, "ids", activation), matrix=True))
+    for M in (1, 2, 4):
+        for N in (1024, 4096):
+            name = f"ia3_linear bf16 {M}x{N}x4096 vector"
+            found.append(Case(name, _linear(M, N, 4096, bf16, "runs", "gelu", save=True), wide=True))
+    found.append(Case("ia3_linear fp32 4x4096x4096 vector", _linear(4, 4096, 4096, fp32, "runs", None), wide=True))
+    for M in (8, 32, 64, 512):
+        for N in (1024, 4096, 14336):
+            for activation in (None, "gelu"):
+                name = f"ia3_linear bf16 {M}x{N}x4096 {activation or ''}"
+                found.append(Case(name, _linear(M, N, 4096, bf16, "runs", activation), matrix=True))
     found.append(
         Case("ia3_linear bf16 300x1023x1021 odd", _linear(300, 1023, 1021, bf16, "ids", "silu", save=True), matrix=True)
     )

@@ -47,13 +47,13 @@ def ia3_linear_kernel(
     M, N, K, num_tasks,
     stride_xm, stride_lt, stride_w,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, TASKS: tl.constexpr, W_KN: tl.constexpr,
-    NUM_SMS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
+    SPECIALIZE: tl.constexpr, NUM_SMS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b
     x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, N]   y: [M, N]   z: [M, N] if SAVE.
     Persistent: program p takes the output tiles p, p + NUM_SMS, ...; operands and results by TMA, so every row is
-    16-byte aligned.
+    16-byte aligned. SPECIALIZE: one warp group loads while two multiply; only with 4 warps and a straight epilogue.
     """
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
     if W_KN:
@@ -65,7 +65,7 @@ def ia3_linear_kernel(
         z_desc = tl.make_tensor_descriptor(z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS, warp_specialize=SPECIALIZE):
         first_m = (tile // group) * GROUP_M
         size_m = min(tiles_m - first_m, GROUP_M)
         pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
@@ -87,56 +87,208 @@ def ia3_linear_kernel(
         y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
-def ia3_linear_small_kernel(
-    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr,
-    M, N, K, rows_per_id, num_tasks,
+@triton.jit
+def finish_tile(
+    z, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, offs_m, offs_n, mask_m, mask_n, N, rows_per_id, num_tasks, stride_lt,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation and scale of a tile small enough to gather one scale per element; stores y, and z if SAVE."""
+    mask = mask_m[:, None] & mask_n[None, :]
+    out = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if SAVE:
+        tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask=mask)
+    if HAS_IDS:
+        task = tl.load(ids_ptr + offs_m // rows_per_id, mask=mask_m, other=-1)[:, None]
+        scale = task_scale(l_ptr, task, task.to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks)
+    else:
+        scale = tl.load(l_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y = activate(z, ACTIVATION) * scale
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def small_tile(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, part_ptr, count_ptr,
+    M, N, K, rows_per_id, num_tasks, k_per_split,
     stride_xm, stride_lt, stride_wn, stride_wk,
     HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
-    SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b;  for few rows, and where TMA does not take sizes or strides
-    x: [M, K] rows strided   W: [N, K], either dimension contiguous   ids: [M / rows_per_id] or absent   y, z: [M, N].
-    One program per [BLOCK_M <= 64, BLOCK_N] tile: its gather of scales is small, and no plan is needed.
-    SWAP: the weight tile is the left operand: wgmma reads its 64 rows from shared memory, the few rows of x are its N.
-    """
+    """One output tile, or with SPLIT the sum over one part of K: program axis 0 is the tile, axis 1 the part."""
+    tile, pid_k = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
+    first = pid_k * k_per_split
+    last = tl.minimum(first + k_per_split, K)
+    offs_k = first + tl.arange(0, BLOCK_K)
     # rows and columns past the end read the last one, cheaper than masks in the loop; their results are not stored
-    rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1)
+    rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
-    w_ptrs = w_ptr + cols[:, None].to(tl.int64) * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
+    w_ptrs = w_ptr + cols[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first, last, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
             w = tl.load(w_ptrs)
         else:
-            mask_k = (k + offs_k < K)[None, :]
+            mask_k = (k - first + offs_k < last)[None, :]
             x = tl.load(x_ptrs, mask=mask_k, other=0.0)
             w = tl.load(w_ptrs, mask=mask_k, other=0.0)
         acc = mma(w, x.T, acc) if SWAP else mma(x, w.T, acc)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
     z = acc.T if SWAP else acc
-    mask = mask_m[:, None] & mask_n[None, :]
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + cols).to(tl.float32)[None, :]
-    out = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    if SAVE:
-        tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask=mask)
-    if HAS_IDS:
-        task = tl.load(ids_ptr + offs_m // rows_per_id, mask=mask_m, other=-1)
-        scale = task_scale(
-            l_ptr, task[:, None], task[:, None].to(tl.int64) * stride_lt + offs_n[None, :], mask, num_tasks
-        )
+    if SPLIT > 1:
+        # Every part goes to memory; the last program to arrive adds them in ascending order, so that which one it is
+        # does not show, and resets the counter for the next launch on this stream.
+        mask = mask_m[:, None] & mask_n[None, :]
+        part_ptrs = part_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+        tl.store(part_ptrs + pid_k.to(tl.int64) * M * N, z, mask=mask)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel")
+        if arrived == SPLIT - 1:
+            tl.debug_barrier()
+            z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for _ in tl.static_range(SPLIT):
+                z += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+                part_ptrs += M.to(tl.int64) * N
+            finish_tile(
+                z, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, offs_m, offs_n, mask_m, mask_n, N, rows_per_id, num_tasks,
+                stride_lt, HAS_IDS, HAS_BIAS, ACTIVATION, SAVE,
+            )  # fmt: skip
+            tl.store(count_ptr + tile, 0)
     else:
-        scale = tl.load(l_ptr + cols).to(tl.float32)[None, :]
-    y = activate(z, ACTIVATION) * scale
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+        finish_tile(
+            z, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, offs_m, offs_n, mask_m, mask_n, N, rows_per_id, num_tasks,
+            stride_lt, HAS_IDS, HAS_BIAS, ACTIVATION, SAVE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "num_tasks"])
+def ia3_kv_linear_kernel(
+    x_ptr, k_w_ptr, v_w_ptr, k_bias_ptr, v_bias_ptr, k_l_ptr, v_l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr,
+    k_ptr, v_ptr,
+    M, K_N, V_N, K, num_tasks,
+    stride_xm, stride_k_lt, stride_v_lt,
+    HAS_K_BIAS: tl.constexpr, HAS_V_BIAS: tl.constexpr, TASKS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """k = (x Wk^T + bk) * lk[t(m)],  v = (x Wv^T + bv) * lv[t(m)]
+    x: [M, K] rows strided   Wk: [K_N, K]   Wv: [V_N, K]   k: [M, K_N]   v: [M, V_N]: widths may differ.
+    One program per output tile. Which projection it belongs to is settled by a scalar branch before the descriptors are
+    made; a branch between two descriptors inside the loop is not pipelined and takes 255 registers.
+    """
+    tiles_m, k_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K_N, BLOCK_N)
+    tiles_n = k_tiles + tl.cdiv(V_N, BLOCK_N)
+    tile, group = tl.program_id(0), GROUP_M * tiles_n
+    first_m = (tile // group) * GROUP_M
+    size_m = min(tiles_m - first_m, GROUP_M)
+    pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+    if pid_n < k_tiles:
+        w_ptr, l_ptr, y_ptr, N, stride_lt = k_w_ptr, k_l_ptr, k_ptr, K_N, stride_k_lt
+    else:
+        w_ptr, l_ptr, y_ptr, N, stride_lt = v_w_ptr, v_l_ptr, v_ptr, V_N, stride_v_lt
+        pid_n -= k_tiles
+    is_k = tl.program_id(0) % group // size_m < k_tiles
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_n = n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_K_BIAS:
+        acc += tl.load(k_bias_ptr + offs_n, mask=mask_n & is_k, other=0.0).to(tl.float32)[None, :]
+    if HAS_V_BIAS:
+        acc += tl.load(v_bias_ptr + offs_n, mask=mask_n & (is_k == 0), other=0.0).to(tl.float32)[None, :]
+    for k in range(0, K, BLOCK_K):
+        acc = mma(x_desc.load([m, k]), w_desc.load([n, k]).T, acc)
+    acc = scale_runs(
+        acc, l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr, pid_m, offs_n, mask_n, M, num_tasks, stride_lt,
+        TASKS, BLOCK_M, TILE,
+    )  # fmt: skip
+    y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
+def ia3_linear_small_kernel(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, part_ptr, count_ptr,
+    M, N, K, rows_per_id, num_tasks, k_per_split,
+    stride_xm, stride_lt, stride_wn, stride_wk,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
+    SWAP: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b;  for few rows, and where TMA does not take sizes or strides
+    x: [M, K] rows strided   W: [N, K], either dimension contiguous   ids: [M / rows_per_id] or absent   y, z: [M, N]
+    part: fp32 [SPLIT, M, N]   count: int32, a zero per tile; both only with SPLIT > 1.
+    One program per [BLOCK_M <= 64, BLOCK_N] tile and part of K: its gather of scales is small, no plan is needed.
+    SWAP: the weight tile is the left operand: wgmma reads its 64 rows from shared memory, the few rows of x are its N.
+    """
+    small_tile(
+        x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, part_ptr, count_ptr, M, N, K, rows_per_id, num_tasks,
+        k_per_split, stride_xm, stride_lt, stride_wn, stride_wk, HAS_IDS, HAS_BIAS, ACTIVATION, SAVE, EVEN_K, SWAP,
+        SPLIT, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def vector_rows(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr,
+    M, N, K, rows_per_id, num_tasks,
+    stride_xm, stride_lt, stride_wn,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N columns of the output for all of at most BLOCK_M rows; BLOCK_K = warps * 32 * VECTOR.
+
+    The whole block walks along K, so x and W get matching layouts and nothing crosses shared memory before the last sum.
+    """
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
+    w_ptrs = w_ptr + cols[:, None] * stride_wn + offs_k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_K // VECTOR), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            w = tl.load(w_ptrs, eviction_policy="evict_first")
+            x = tl.load(x_ptrs)
+        else:
+            mask_k = (k + offs_k < K)[None, :]
+            w = tl.load(w_ptrs, mask=mask_k, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptrs, mask=mask_k, other=0.0)
+        w = tl.reshape(w.to(tl.float32), (1, BLOCK_N, BLOCK_K // VECTOR, VECTOR))
+        x = tl.reshape(x.to(tl.float32), (BLOCK_M, 1, BLOCK_K // VECTOR, VECTOR))
+        acc += tl.sum(w * x, axis=3)  # inside one thread
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    finish_tile(
+        tl.sum(acc, axis=2), bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, offs_m, offs_n, mask_m, mask_n, N, rows_per_id,
+        num_tasks, stride_lt, HAS_IDS, HAS_BIAS, ACTIVATION, SAVE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
+def ia3_linear_vector_kernel(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr,
+    M, N, K, rows_per_id, num_tasks,
+    stride_xm, stride_lt, stride_wn,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b;  for at most BLOCK_M = 4 rows, fp32 FMAs
+    x: [M, K] rows strided   W: [N, K] rows strided   ids: [M / rows_per_id] or absent   y, z: [M, N].
+    One program per BLOCK_N columns: each weight is read once, 16 bytes at a time.
+    """
+    vector_rows(
+        x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr, z_ptr, M, N, K, rows_per_id, num_tasks, stride_xm, stride_lt,
+        stride_wn, HAS_IDS, HAS_BIAS, ACTIVATION, SAVE, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR,
+    )  # fmt: skip

@@ -12,6 +12,10 @@ SMALL_M = 64  # up to here a matmul reads its weights once in one row tile, and 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+VECTOR_M = 4  # up to here fp32 FMAs on 16-byte loads beat a tensor-core tile that is three quarters padding
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
@@ -41,26 +45,69 @@ def linear_is_fused(itemsize: int) -> bool:
     return itemsize == 2
 
 
+def bucket(M: int) -> int:
+    """M rounded up to a power of two: a decode batch that grows by a row keeps its kernel."""
+    return next_power_of_2(M)
+
+
 def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
-    """Persistent TMA matmul, M > SMALL_M. 128 x 256 has the best reuse; erf spills there, so gelu takes 128 x 128."""
-    if SHARED_MEMORY.get(capability, 0) < 200_000:
-        if SHARED_MEMORY.get(capability, 0) < 150_000:
-            return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-    if erf or cdiv(M, 128) * cdiv(N, 256) < 132 or capability >= 100:
-        return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
-    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+    """Persistent TMA matmul. 128 x 256 has the best reuse; erf spills there, so gelu takes 128 x 128, as few tiles do."""
+    shared = SHARED_MEMORY.get(capability, 101_376)
+    if shared < 150_000:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
+    if shared < 200_000:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+    if erf or capability >= 100 or cdiv(bucket(M), 128) * cdiv(N, 256) < MULTIPROCESSORS[capability]:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
+    return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
 
 
-def linear_small(M: int, N: int, capability: int, contiguous_k: bool) -> dict:
-    """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows."""
-    small = SHARED_MEMORY.get(capability, 0) < 150_000
+def linear_is_small(M: int, N: int, capability: int) -> bool:
+    """Whether the small-tile kernel with split K serves: few rows, or up to 1024 rows whose 128 x 128 tiles leave most SMs idle."""
+    tiles = cdiv(bucket(M), 128) * cdiv(N, 128)
+    return M <= SMALL_M or (M <= 1024 and 2 * tiles <= MULTIPROCESSORS.get(capability, 108))
+
+
+def split_k(blocks: int, K: int, block_k: int, capability: int) -> int:
+    """Parts of K, a power of two: enough programs to fill the chip once, at least 4 K-steps in each, at most 8."""
+    parts = 1
+    while parts < 8 and blocks * parts < 96 * MULTIPROCESSORS.get(capability, 108) // 132 and K >= 8 * parts * block_k:
+        parts *= 2
+    return parts
+
+
+def linear_small(M: int, N: int, K: int, capability: int, contiguous_k: bool, aligned: bool, erf: bool) -> dict:
+    """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows.
+
+    x is read once per column tile, M / BLOCK_N of the weight's bytes: 64 columns up to 16 rows, 128 above.
+    Unaligned rows load 2 bytes at a time, whose addresses fill the registers: a small tile, and two stages.
+    """
+    M = bucket(M)
+    if not aligned:
+        tile = dict(SWAP=True, BLOCK_M=32 if M > 16 else 16, BLOCK_N=64, BLOCK_K=32)
+        return tile | dict(SPLIT=1, num_warps=4, num_stages=2)
+    small = SHARED_MEMORY.get(capability, 101_376) < 150_000
     if M > 32:
-        return dict(
-            SWAP=False, BLOCK_M=64, BLOCK_N=64 if small else 128, BLOCK_K=64, num_warps=8, num_stages=3 if small else 4
-        )
-    block_k = 128 if contiguous_k and not small else 64
-    return dict(SWAP=True, BLOCK_M=16 if M <= 16 else 32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=4)
+        wide = (N > 1024 or M > 64) and not small and not (erf and capability < 90)  # erf spills on sm_80
+        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=64, num_warps=8)
+        tile["num_stages"] = 3 if small else 4
+    elif M > 16:
+        wide = N > 6144 and contiguous_k and not small
+        tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=128 if wide else 64, BLOCK_K=64 if wide or small else 128)
+        tile |= dict(num_warps=8 if wide else 4, num_stages=3 if small else 4)
+    else:
+        block_k = 128 if contiguous_k and not small else 64
+        tile = dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=4)
+    blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+    return tile | dict(SPLIT=split_k(blocks, K, tile["BLOCK_K"], capability))
+
+
+def linear_vector(M: int, N: int, itemsize: int) -> dict:
+    """Up to 4 rows: 16-byte loads of W and x that stay in their thread. BLOCK_K = 4 warps * 32 lanes * one 16-byte load."""
+    vector = 16 // itemsize
+    rows = next_power_of_2(M)
+    columns = 8 if rows > 2 or N >= 4096 else 4
+    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=128 * vector, VECTOR=vector, num_warps=4)
 
 
 def prompt_concat(E: int) -> dict:

@@ -33,15 +33,10 @@ def _capability(x: Tensor) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _tma_takes(*rows: Tensor) -> bool:
-    """Whether every matrix has 16-byte aligned rows with a contiguous last dimension, as a TMA descriptor requires."""
-    return all(
-        t.stride(1) == 1
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-        and t.shape[1] * t.element_size() >= 16
-        for t in rows
-    )
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether rows start at 16-byte addresses and are contiguous, as TMA requires, in strides that are multiples of 16
+    elements, which is what Triton asks for before it loads 16 bytes at a time."""
+    return all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -76,15 +71,53 @@ def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activatio
         copy_context().run(launch)
 
 
-def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability) -> None:
+def split_workspace(x: Tensor, num_tiles: int, parts: int, M: int, N: int) -> tuple[Tensor | None, Tensor | None]:
+    """Partial sums [parts, M, N] in fp32, and a zero per tile, for a kernel that splits K."""
+    if parts == 1:
+        return None, None
+    part = torch.empty((parts, M, N), dtype=torch.float32, device=x.device)
+    return part, _counters(x, num_tiles)
+
+
+_counter_pool: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(x: Tensor, count: int) -> Tensor:
+    """Zeros that the kernel leaves zero, one buffer per stream; a captured graph has its own, zeroed at each replay."""
+    if not x.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=x.device)
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream
+    buffer = _counter_pool.get(key)
+    if buffer is None or buffer.numel() < count:
+        # the old buffer may still be in use by a launch before this one on the same stream: the allocator waits for it
+        buffer = _counter_pool[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+    return buffer
+
+
+def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, aligned) -> None:
     (M, K), N = x.shape, weight.shape[0]
-    tile = tiles.linear_small(M, N, capability, weight.stride(1) == 1)
-    grid = (tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]),)
+    tile = tiles.linear_small(M, N, K, capability, weight.stride(1) == 1, aligned, erf=activation == "gelu")
+    num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
+    part, count = split_workspace(x, num_tiles, parts, M, N)
+    k_per_split = tiles.cdiv(tiles.cdiv(K, parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
     with torch.cuda.device_of(x):
-        kernels.ia3_linear_small_kernel[grid](
+        kernels.ia3_linear_small_kernel[num_tiles, parts](
+            x, weight, bias, ia3_l, task_ids, y, z, part, count,
+            M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0], k_per_split,
+            x.stride(0), ia3_l.stride(0), weight.stride(0), weight.stride(1),
+            HAS_IDS=task_ids is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None,
+            EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
+        )  # fmt: skip
+
+
+def _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z) -> None:
+    (M, K), N = x.shape, weight.shape[0]
+    tile = tiles.linear_vector(M, N, x.element_size())
+    with torch.cuda.device_of(x):
+        kernels.ia3_linear_vector_kernel[(tiles.cdiv(N, tile["BLOCK_N"]),)](
             x, weight, bias, ia3_l, task_ids, y, z,
             M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
-            x.stride(0), ia3_l.stride(0), weight.stride(0), weight.stride(1),
+            x.stride(0), ia3_l.stride(0), weight.stride(0),
             HAS_IDS=task_ids is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None,
             EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
         )  # fmt: skip
@@ -95,17 +128,20 @@ def launch_linear(
     rows_per_id: int, activation: str | None, save: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and, if save, z = x W^T + b, both [M, N] in x's dtype."""
-    M, N = x.shape[0], weight.shape[0]
+    (M, K), N = x.shape, weight.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if save else None
     if y.numel() == 0:
         return y, z
     capability, num_sms = _capability(x)
     stored = weight if weight.stride(1) == 1 else weight.t()
-    if M > tiles.SMALL_M and _tma_takes(x, stored, y):
+    aligned = _aligned(x, stored, y)
+    if M <= tiles.VECTOR_M and aligned and stored is weight:
+        _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z)
+    elif aligned and not tiles.linear_is_small(M, N, capability):
         _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms)
     else:
-        _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability)
+        _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, aligned)
     return y, z
 
 

@@ -1,0 +1,2 @@
+def native_wins(op, dtype, numel):
+    return True
