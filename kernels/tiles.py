@@ -102,6 +102,49 @@ def linear_small(M: int, N: int, K: int, capability: int, contiguous_k: bool, al
     return tile | dict(SPLIT=split_k(blocks, K, tile["BLOCK_K"], capability))
 
 
+def k_per_split(K: int, tile: dict) -> int:
+    """Elements of K in each part: whole K-steps."""
+    return cdiv(cdiv(K, tile["SPLIT"]), tile["BLOCK_K"]) * tile["BLOCK_K"]
+
+
+def linear_one_tile(capability: int) -> dict:
+    """One tile per program: projections of unequal widths. No overlap between tiles, so two blocks per SM share it."""
+    if SHARED_MEMORY.get(capability, 101_376) < 150_000:
+        return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+def dual_linear(M: int, N: int, K: int, capability: int, gated: bool, erf: bool) -> dict:
+    """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf with 8 warps spills there: 128 x 2 x 64."""
+    shared = SHARED_MEMORY.get(capability, 101_376)
+    if shared < 150_000:
+        return dict(SPECIALIZE=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
+    if shared < 200_000:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)
+    if erf or (gated and capability >= 100) or 2 * cdiv(bucket(M), 128) * cdiv(N, 128) < MULTIPROCESSORS[capability]:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
+    return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+
+
+def glu_linear_small(M: int, N: int, K: int, capability: int, aligned: bool) -> dict:
+    """Two weights stream at once, so each has half the bytes in flight of linear_small's tile; x is never the left operand."""
+    M = bucket(M)
+    small = SHARED_MEMORY.get(capability, 101_376) < 150_000
+    if not aligned:
+        return dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)
+    if M > 16:
+        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64 if small else 128, num_warps=4, num_stages=2 if small else 3)
+    else:
+        tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
+    blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
+    return tile | dict(SPLIT=split_k(blocks, K, tile["BLOCK_K"], capability))
+
+
+def glu_backward(N: int) -> dict:
+    """8 x 256 with 4 warps: 64 to 96 registers and six 16-byte loads in flight per thread."""
+    return dict(BLOCK_M=8, BLOCK_N=min(max(next_power_of_2(N), 16), 256), num_warps=4)
+
+
 def linear_vector(M: int, N: int, itemsize: int) -> dict:
     """Up to 4 rows: 16-byte loads of W and x that stay in their thread. BLOCK_K = 4 warps * 32 lanes * one 16-byte load."""
     vector = 16 // itemsize

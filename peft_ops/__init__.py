@@ -1,6 +1,8 @@
 """Fused (IA)^3 and P-Tuning operators: one frozen model, many tasks, each row of a batch with its own."""
 
 from peft_ops._backend import get_backend, set_backend
+from peft_ops.ops.ia3_glu import ia3_glu, ia3_glu_linear
+from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale
 from peft_ops.ops.prompt_concat import prompt_concat
@@ -13,6 +15,9 @@ __all__ = [
     "PromptBatch",
     "TaskPlan",
     "get_backend",
+    "ia3_glu",
+    "ia3_glu_linear",
+    "ia3_kv_linear",
     "ia3_linear",
     "ia3_scale",
     "plan_tasks",

@@ -16,6 +16,14 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "ia3_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor ia3_l, Tensor? task_ids, Tensor[]? plan,"
     " SymInt rows_per_id, str? activation, bool is_feedforward, bool save) -> (Tensor, Tensor)",
+    "ia3_kv_linear": "(Tensor x, Tensor k_weight, Tensor v_weight, Tensor? k_bias, Tensor? v_bias, Tensor k_ia3_l,"
+    " Tensor v_ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
+    "ia3_glu_backward": "(Tensor dh, Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation,"
+    " bool[2] needs) -> (Tensor, Tensor, Tensor)",
+    "ia3_glu_linear": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias, Tensor ia3_l,"
+    " Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, str? activation, bool save) -> (Tensor, Tensor, Tensor)",
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",

@@ -194,6 +194,67 @@ def ia3_linear(
     return act_scale(F.linear(x, weight, bias), table, ids, activation)
 
 
+def ia3_kv_linear(
+    x: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    k_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    *,
+    k_ia3_l: Tensor,
+    v_ia3_l: Tensor,
+    task_ids: Tensor | TaskPlan | None = None,
+) -> tuple[Tensor, Tensor]:
+    k = ia3_linear(x, k_weight, k_bias, ia3_l=k_ia3_l, task_ids=task_ids)
+    return k, ia3_linear(x, v_weight, v_bias, ia3_l=v_ia3_l, task_ids=task_ids)
+
+
+def act_glu(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
+    """act(gate) * up * ia3_l[t] with one rounding. ia3_l: [num_tasks, N]; task_ids: [G], where G divides the rows."""
+    dtype = compute_dtype(gate, ia3_l)
+    h = ACTIVATIONS[activation](gate.to(dtype)) * up.to(dtype)
+    return act_scale(h, ia3_l, task_ids).to(gate.dtype)
+
+
+def act_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dgate and dup in their dtype and dl [num_tasks, N] in fp32, in a fixed order; what is not needed is empty."""
+    need_dx, need_dl = needs
+    dtype = compute_dtype(gate, ia3_l)
+    g, u, a = gate.to(dtype), up.to(dtype), ACTIVATIONS[activation](gate.to(dtype))
+    dz, dl = act_scale_backward(dh.to(dtype), a * u, ia3_l, task_ids, None, need_dx, need_dl)
+    if not need_dx:
+        return dz.to(gate.dtype), dz.to(gate.dtype), dl
+    dgate = dz * u if activation is None else ACTIVATION_BACKWARD[activation](dz * u, g)
+    return dgate.to(gate.dtype).contiguous(), (dz * a).to(gate.dtype).contiguous(), dl
+
+
+def ia3_glu(
+    gate: Tensor,
+    up: Tensor,
+    ia3_l: Tensor,
+    task_ids: Tensor | TaskPlan | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    return act_glu(gate, up, *_table_and_ids(ia3_l, task_ids), activation)
+
+
+def ia3_glu_linear(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    *,
+    ia3_l: Tensor,
+    task_ids: Tensor | TaskPlan | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    return ia3_glu(gate, up, ia3_l, task_ids, activation)
+
+
 def prompt_layout(
     task_ids: Tensor | None,
     prompt_lengths: Tensor | None,

@@ -1,5 +1,6 @@
 """Linear layer with (IA)^3: y = act(x W^T + b) * ia3_l[t], or y = (x * ia3_l[t]) W^T + b if is_feedforward."""
 
+from collections.abc import Callable
 from contextvars import copy_context
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_triton
+from peft_ops._backend import LazyKernels, get_backend, use_triton
 from peft_ops._checks import (
     FLOATS,
     check_activation,
@@ -25,7 +26,7 @@ from peft_ops.reference import TaskPlan
 kernels, tiles = LazyKernels("ia3_linear"), LazyKernels("tiles")
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
+def capability_of(x: Tensor) -> tuple[int, int]:
     """Compute capability and multiprocessors of x's GPU; without one (interpreter), sm_90 and two."""
     if not x.is_cuda:
         return 90, 2
@@ -33,7 +34,7 @@ def _capability(x: Tensor) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def _aligned(*matrices: Tensor) -> bool:
+def aligned(*matrices: Tensor) -> bool:
     """Whether rows start at 16-byte addresses and are contiguous, as TMA requires, in strides that are multiples of 16
     elements, which is what Triton asks for before it loads 16 bytes at a time."""
     return all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
@@ -43,32 +44,45 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
+def launch_with_scratch(launch: Callable[[], None]) -> None:
+    """Run a launch whose kernel makes TMA descriptors in device memory.
+
+    Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched.
+    """
+
+    def run():
+        import triton
+
+        triton.set_allocator(_scratch)
+        launch()
+
+    copy_context().run(run)
+
+
+def plan_arguments(task_ids, plan, rows_per_id: int, M: int, num_tasks: int) -> tuple[tuple[Tensor | None, ...], str]:
+    """Row ids, tiles, run_index and run_end for a large matmul, and how its epilogue selects tasks: from shapes alone."""
+    if task_ids is None:
+        return (None, None, None, None), "one"
+    tensors = launch_plan(task_ids, None, M, num_tasks) if plan is None else (task_ids, *plan)
+    return tensors, "two" if rows_per_id >= tiles.PLAN_TILE else "runs"
+
+
 def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms) -> None:
     (M, K), N = x.shape, weight.shape[0]
     tile = tiles.linear(M, N, K, capability, erf=activation == "gelu")
-    if task_ids is None:
-        mode, row_id, rest = "one", None, (None, None, None)
-    else:
-        row_id, *rest = launch_plan(task_ids, None, M, ia3_l.shape[0]) if plan is None else (task_ids, *plan)
-        mode = "two" if rows_per_id >= tiles.PLAN_TILE else "runs"
+    plan, mode = plan_arguments(task_ids, plan, rows_per_id, M, ia3_l.shape[0])
     w_kn = weight.stride(1) != 1
-    num_tiles = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"])
-
-    def launch():
-        import triton
-
-        triton.set_allocator(_scratch)  # device memory for the descriptors
-        kernels.ia3_linear_kernel[(min(num_sms, num_tiles),)](
-            x, weight, bias, ia3_l, row_id, *rest, y, z,
-            M, N, K, ia3_l.shape[0],
-            x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
-            HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
-            NUM_SMS=min(num_sms, num_tiles), TILE=tiles.PLAN_TILE, **tile,
-        )  # fmt: skip
-
-    # Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched
+    programs = min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]))
     with torch.cuda.device_of(x):
-        copy_context().run(launch)
+        launch_with_scratch(
+            lambda: kernels.ia3_linear_kernel[(programs,)](
+                x, weight, bias, ia3_l, *plan, y, z,
+                M, N, K, ia3_l.shape[0],
+                x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
+                HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
+                NUM_SMS=num_sms, TILE=tiles.PLAN_TILE, **tile,
+            )  # fmt: skip
+        )
 
 
 def split_workspace(x: Tensor, num_tiles: int, parts: int, M: int, N: int) -> tuple[Tensor | None, Tensor | None]:
@@ -94,16 +108,15 @@ def _counters(x: Tensor, count: int) -> Tensor:
     return buffer
 
 
-def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, aligned) -> None:
+def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, takes_wide) -> None:
     (M, K), N = x.shape, weight.shape[0]
-    tile = tiles.linear_small(M, N, K, capability, weight.stride(1) == 1, aligned, erf=activation == "gelu")
+    tile = tiles.linear_small(M, N, K, capability, weight.stride(1) == 1, takes_wide, erf=activation == "gelu")
     num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
     part, count = split_workspace(x, num_tiles, parts, M, N)
-    k_per_split = tiles.cdiv(tiles.cdiv(K, parts), tile["BLOCK_K"]) * tile["BLOCK_K"]
     with torch.cuda.device_of(x):
         kernels.ia3_linear_small_kernel[num_tiles, parts](
             x, weight, bias, ia3_l, task_ids, y, z, part, count,
-            M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0], k_per_split,
+            M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0], tiles.k_per_split(K, tile),
             x.stride(0), ia3_l.stride(0), weight.stride(0), weight.stride(1),
             HAS_IDS=task_ids is not None, HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None,
             EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
@@ -133,16 +146,26 @@ def launch_linear(
     z = torch.empty_like(y) if save else None
     if y.numel() == 0:
         return y, z
-    capability, num_sms = _capability(x)
+    capability, num_sms = capability_of(x)
     stored = weight if weight.stride(1) == 1 else weight.t()
-    aligned = _aligned(x, stored, y)
-    if M <= tiles.VECTOR_M and aligned and stored is weight:
+    takes_wide = aligned(x, stored, y)
+    if M <= tiles.VECTOR_M and takes_wide and stored is weight:
         _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z)
-    elif aligned and not tiles.linear_is_small(M, N, capability):
+    elif takes_wide and not tiles.linear_is_small(M, N, capability):
         _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms)
     else:
-        _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, aligned)
+        _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, takes_wide)
     return y, z
+
+
+def is_fused(op: str, x: Tensor, *weights: Tensor) -> bool:
+    """Whether our own matmul runs on x [M, K]. The interpreter, and a backend chosen by name, run it always."""
+    if not use_triton(op, x) or x.shape[1] == 0:
+        return False
+    if not x.is_cuda or get_backend() == "triton":
+        return True
+    stored = [w if w.stride(1) == 1 else w.t() for w in weights]
+    return aligned(x, *stored) and tiles.linear_is_fused(x.element_size())
 
 
 def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
@@ -150,10 +173,10 @@ def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation,
     nothing = x.new_empty(0)
     if is_feedforward:
         return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
-    fused = use_triton(op, x) and (tiles.linear_is_fused(x.element_size()) or not x.is_cuda) and x.shape[-1] > 0
-    if fused:
+    rows = as_rows(x)
+    if is_fused(op, rows, weight):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        y, z = launch_linear(as_rows(x), weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
+        y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
         lead = (*x.shape[:-1], weight.shape[0])
         return y.view(lead), z.view(lead) if save else nothing
     z = F.linear(x, weight, bias)
@@ -187,26 +210,30 @@ def _setup_context(ctx, inputs, output):
     )
 
 
+def linear_backward(dy, x, weight, ia3_l, task_ids, z, activation, needs: tuple[bool, bool, bool, bool]):
+    """Gradients of act(z) * ia3_l[t], z = x W^T + b, for x, W, b and ia3_l; None where not needed."""
+    need_x, need_weight, need_bias, need_l = needs
+    need_dz = need_x or need_weight or need_bias
+    dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, activation, need_dz, need_l)
+    dx = dz @ weight if need_x else None
+    dweight = dz.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
+    return dx, dweight, dz.flatten(0, -2).sum(0) if need_bias else None, dl
+
+
 def _backward(ctx, dy, _):
     x, weight, ia3_l, task_ids, z = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
-    dx = dl = dweight = dbias = None
-    if ctx.is_feedforward:
-        if need_x or need_l:
-            dscaled = dy @ weight
-            dx, dl = scale_backward(dscaled, dscaled if x is None else x, ia3_l, task_ids, None, need_x, need_l)
-        dz = dy
-        if need_weight:
-            x = _scale_op(x, ia3_l, task_ids, None)
-    else:
-        need_dz = need_x or need_weight or need_bias
-        dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, ctx.activation, need_dz, need_l)
-        if need_x:
-            dx = dz @ weight
+    needs = need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
+    if not ctx.is_feedforward:
+        grads = linear_backward(dy, x, weight, ia3_l, task_ids, z, ctx.activation, needs)
+        return *grads, None, None, None, None, None, None
+    dx = dl = dweight = None
+    if need_x or need_l:
+        dscaled = dy @ weight
+        dx, dl = scale_backward(dscaled, dscaled if x is None else x, ia3_l, task_ids, None, need_x, need_l)
     if need_weight:
-        dweight = dz.flatten(0, -2).t() @ x.flatten(0, -2)
-    if need_bias:
-        dbias = dz.flatten(0, -2).sum(0)
+        scaled = _scale_op(x, ia3_l, task_ids, None)
+        dweight = dy.flatten(0, -2).t() @ scaled.flatten(0, -2)
+    dbias = dy.flatten(0, -2).sum(0) if need_bias else None
     return dx, dweight, dbias, dl, None, None, None, None, None, None
 
 
@@ -217,12 +244,23 @@ def _scale_op(x, ia3_l, task_ids, activation):
 _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _backward)
 
 
-def _autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
     if not torch.is_autocast_enabled(x.device.type):
         return [x, *tensors]
     dtype = torch.get_autocast_dtype(x.device.type)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
+
+
+def check_layer(op: str, x: Tensor, weight, bias, weight_arg: str = "weight", bias_arg: str = "bias") -> None:
+    check_tensor(op, weight_arg, weight, dtypes=(x.dtype,), dim=2, like=x)
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"{op}: x must have {K} features, as {weight_arg} {shape(weight)} takes, got shape {shape(x)}")
+    if bias is not None:
+        check_tensor(op, bias_arg, bias, dtypes=(x.dtype,), dim=1, like=x)
+        if bias.shape[0] != N:
+            raise ValueError(f"{op}: {bias_arg} must have shape [{N}], got {shape(bias)}")
 
 
 def ia3_linear(
@@ -265,15 +303,9 @@ def ia3_linear(
     """
     op = "ia3_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, weight, bias = _autocast(x, weight, bias)
-    check_tensor(op, "weight", weight, dtypes=(x.dtype,), dim=2, like=x)
+    x, weight, bias = autocast(x, weight, bias)
+    check_layer(op, x, weight, bias)
     N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(f"{op}: x must have {K} features, as weight {shape(weight)} takes, got shape {shape(x)}")
-    if bias is not None:
-        check_tensor(op, "bias", bias, dtypes=(x.dtype,), dim=1, like=x)
-        if bias.shape[0] != N:
-            raise ValueError(f"{op}: bias must have shape [{N}], got {shape(bias)}")
     check_activation(op, activation)
     if activation is not None and is_feedforward:
         raise ValueError(

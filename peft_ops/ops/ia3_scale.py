@@ -82,7 +82,7 @@ def launch_scale_backward(
         return dx, dl
     order, chunks, chunk_start = chunks_by_task(task_ids, M, num_tasks, x.device)
     part = torch.empty((chunks.shape[0], N) if need_dl else 0, dtype=torch.float32, device=x.device)
-    tile, sum_tile = tiles.scale_backward(N, erf=activation == "gelu"), tiles.sum_chunks(N)
+    tile = tiles.scale_backward(N, erf=activation == "gelu")
     with torch.cuda.device_of(x):
         kernels.ia3_scale_bwd_kernel[chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])](
             dy, x, ia3_l, order, chunks, dx, part,
@@ -90,10 +90,18 @@ def launch_scale_backward(
             dy.stride(0), x.stride(0), ia3_l.stride(0),
             HAS_IDS=task_ids is not None, ACTIVATION=activation, NEED_DX=need_dx, NEED_DL=need_dl, **tile,
         )  # fmt: skip
-        if need_dl and num_tasks:
-            grid = num_tasks, tiles.cdiv(N, sum_tile["BLOCK_N"])
-            kernels.sum_chunks_kernel[grid](part, chunk_start, dl, N, **sum_tile)
+    if need_dl and num_tasks:
+        sum_chunks(part, chunk_start, dl)
     return dx, dl
+
+
+def sum_chunks(part: Tensor, chunk_start: Tensor, dl: Tensor) -> None:
+    """dl[t] = the sum of task t's chunks, in ascending order."""
+    num_tasks, N = dl.shape
+    tile = tiles.sum_chunks(N)
+    with torch.cuda.device_of(dl):
+        grid = num_tasks, tiles.cdiv(N, tile["BLOCK_N"])
+        kernels.sum_chunks_kernel[grid](part, chunk_start, dl, N, **tile)
 
 
 def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
