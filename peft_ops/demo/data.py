@@ -204,9 +204,7 @@ def stdlib_docstrings() -> Iterator[Docstring]:
     seen = set()
     for family, modules in [*FAMILIES.items(), (None, OTHER_MODULES)]:
         for path in source_files(root, modules.split()):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    continue
+            for node in definitions(ast.parse(path.read_bytes())):
                 text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                 if len(text) >= 20 and text.lower() not in seen:
                     seen.add(text.lower())
@@ -220,6 +218,15 @@ def source_files(root: Path, modules: list[str]) -> Iterator[Path]:
     for module in modules:
         single = root / f"{module}.py"
         yield from [single] if single.is_file() else sorted((root / module).rglob("*.py"))
+
+
+def definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """Classes and functions at any depth; expressions hold none and are the larger part of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield child
+        if isinstance(child, ast.stmt):
+            yield from definitions(child)
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
