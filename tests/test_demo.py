@@ -12,9 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_ops.demo import data, model, serve, train
+from peft_ops.demo import data, model, peft_side, serve, train
 from peft_ops.demo.__main__ import main
-from peft_ops.demo.peft_side import PeftServer, export
 from peft_ops.nn import TaskBatch
 
 CPU = torch.device("cpu")
@@ -87,14 +86,18 @@ def trained(tiny_bert, task_folder):
 def exported(trained, tiny_bert, tmp_path_factory):
     encoder, heads, _, tasks, _ = trained
     folder = tmp_path_factory.mktemp("adapters")
-    export(tiny_bert, encoder, heads, tasks, METHODS, "lstm", folder)
+    peft_side.export(tiny_bert, encoder, heads, tasks, METHODS, "lstm", folder)
     return folder
 
 
 def test_training_moves_adapters_and_not_the_model(trained, tiny_bert):
     encoder, _, _, tasks, results = trained
     frozen = model.load_backbone(tiny_bert, CPU).state_dict()
-    ours = {name.replace(".base_layer", ""): value for name, value in encoder.backbone.state_dict().items() if "ia3_l" not in name}
+    ours = {
+        name.replace(".base_layer", ""): value
+        for name, value in encoder.backbone.state_dict().items()
+        if "ia3_l" not in name
+    }
     assert ours.keys() == frozen.keys()
     assert all(torch.equal(ours[name], frozen[name]) for name in frozen)
     for layer in encoder.ia3.values():
@@ -114,7 +117,9 @@ def test_a_step_gives_each_adapter_the_gradient_of_its_own_rows(trained, method)
 
     def gradients(names, texts):
         encoder.zero_grad(set_to_none=True)
-        hidden = encoder(tokens(texts, CPU), TaskBatch.of_rows(names, names=tuple(f"{method}-{task.name}" for task in tasks)))
+        hidden = encoder(
+            tokens(texts, CPU), TaskBatch.of_rows(names, names=tuple(f"{method}-{task.name}" for task in tasks))
+        )
         hidden.pooled()[:3].square().sum(1).log().sum().sub(hidden.pooled()[:3, 0].sum()).backward()
         return {name: p.grad for name, p in encoder.named_parameters() if f"{method}-" in name and p.grad is not None}
 
@@ -164,9 +169,11 @@ def test_rows_are_classified_by_their_own_head(trained):
         assert (logits[row, head.out_features :] == -torch.inf).all()
 
 
-def peft_servers(exported, tiny_bert, tasks, methods) -> dict[str, PeftServer]:
+def peft_servers(exported, tiny_bert, tasks, methods) -> dict[str, peft_side.PeftServer]:
     return {
-        method: PeftServer(model.load_backbone(tiny_bert, CPU), exported, [f"{method}-{task.name}" for task in tasks])
+        method: peft_side.PeftServer(
+            model.load_backbone(tiny_bert, CPU), exported, [f"{method}-{task.name}" for task in tasks]
+        )
         for method in methods
     }
 
@@ -175,7 +182,10 @@ def peft_servers(exported, tiny_bert, tasks, methods) -> dict[str, PeftServer]:
 def test_export_loads_in_peft_with_equal_hidden_states(trained, exported, tiny_bert):
     encoder, heads, tokens, tasks, _ = trained
     servers = peft_servers(exported, tiny_bert, tasks, METHODS)
-    for methods, tolerance in ((["ia3"], 0.0), (METHODS, 2e-5)):  # prompts make another shape than PEFT's base and (IA)^3 rows have
+    for methods, tolerance in (
+        (["ia3"], 0.0),
+        (METHODS, 2e-5),
+    ):  # prompts make another shape than PEFT's base and (IA)^3 rows have
         request = serve.build_request(tasks, methods, rows=12)
         differences = serve.peft_difference(encoder, tokens(request.texts, CPU), request, servers)
         assert max(differences) <= tolerance, dict(zip(request.adapters, differences, strict=True))
@@ -193,7 +203,7 @@ def test_peft_loop_returns_every_row(trained, exported, tiny_bert):
     texts = tokens(request.texts, CPU)
     server = peft_servers(exported, tiny_bert, tasks, ["ia3"])["ia3"]
     with torch.no_grad():
-        out = server.loop(serve.parts_of(texts, request.adapters), torch.zeros(*texts.input_ids.shape, 32))
+        out = server.loop(peft_side.parts_of(texts, request.adapters), torch.zeros(*texts.input_ids.shape, 32))
         want = encoder(texts, TaskBatch.of_rows(request.adapters)).states
     real = texts.attention_mask.bool()
     torch.testing.assert_close(out[real], want[real])
@@ -204,9 +214,17 @@ def test_every_step_holds_rows_of_every_task():
         data.Task(name, ["x", "y"], [(f"{name} {'w ' * i}", i % 2) for i in range(20)], []) for name in ("one", "two")
     ]
     steps = list(train.mixed_steps(tasks, 10, 0))
-    assert len(steps) == 10 and steps == list(train.mixed_steps(tasks, 10, 0)) and steps != list(train.mixed_steps(tasks, 10, 1))
+    assert (
+        len(steps) == 10
+        and steps == list(train.mixed_steps(tasks, 10, 0))
+        and steps != list(train.mixed_steps(tasks, 10, 1))
+    )
     for rows in steps:
-        assert sum(number == 0 for number, _, _ in rows) == sum(number == 1 for number, _, _ in rows) == train.ROWS_PER_TASK
+        assert (
+            sum(number == 0 for number, _, _ in rows)
+            == sum(number == 1 for number, _, _ in rows)
+            == train.ROWS_PER_TASK
+        )
         assert all(text.startswith(tasks[number].name) for number, text, _ in rows)
     seen = [text for rows in steps for number, text, _ in rows if number == 0]
     assert {seen.count(text) for text in set(seen)} == {8}, "every text as often as the others"
@@ -233,7 +251,22 @@ def test_whole_run_writes_its_results_and_keeps_foreign_files(tiny_bert, task_fo
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
     for _ in range(2):  # the second run replaces the results of the first
-        assert run("--model", tiny_bert, "--data", task_folder, "--out", out, "--quick", "--device", "cpu", "--encoder", "mlp") == 0
+        assert (
+            run(
+                "--model",
+                tiny_bert,
+                "--data",
+                task_folder,
+                "--out",
+                out,
+                "--quick",
+                "--device",
+                "cpu",
+                "--encoder",
+                "mlp",
+            )
+            == 0
+        )
     names = {path.name for path in out.iterdir()}
     assert names == {"mine.txt", "report.png", "results.json"} | {
         f"{method}-{task}" for method in train.METHODS for task in ("first", "length")
@@ -249,17 +282,32 @@ def test_whole_run_writes_its_results_and_keeps_foreign_files(tiny_bert, task_fo
 FILES = {
     "empty.csv": ("", "empty.csv:1: the file is empty"),
     "header.csv": ("text,label\n", "header.csv:1: the file has a header but no rows"),
-    "columns.csv": ("words,label\na,b\n", "columns.csv:1: the header must name the columns text and label, got words, label"),
+    "columns.csv": (
+        "words,label\na,b\n",
+        "columns.csv:1: the header must name the columns text and label, got words, label",
+    ),
     "cells.csv": ("text,label\na,x\nb,c,y\n", "cells.csv:3: 3 cells where the header has 2; quote texts with commas"),
     "quote.csv": ('text,label\n"a\nb",x\n"open,y\n', "quote.csv:4: not readable as CSV: unexpected end of data"),
     "label.csv": ("text,label\na,x\nb,\n", "label.csv:3: label is missing or empty"),
     "bytes.csv": (b"text,label\na,x\n\xff,y\n", "bytes.csv:3: not UTF-8 text (byte 0xff)"),
-    "unseen.csv": ("text,label,split\na,x,train\nb,y,test\n", "unseen.csv:3: label 'y' is held out but never seen in training"),
-    "single.csv": ("text,label\na,x\nb,x\nc,y\n", "single.csv:4: label 'y' has one row: held out, it is never seen in training"),
+    "unseen.csv": (
+        "text,label,split\na,x,train\nb,y,test\n",
+        "unseen.csv:3: label 'y' is held out but never seen in training",
+    ),
+    "single.csv": (
+        "text,label\na,x\nb,x\nc,y\n",
+        "single.csv:4: label 'y' has one row: held out, it is never seen in training",
+    ),
     "split.csv": ("text,label,split\na,x,dev\n", "split.csv:2: split must be 'train' or 'test', got 'dev'"),
     "one.csv": ("text,label\na,x\nb,x\n", "one.csv:3: a task needs two labels or more, got only 'x'"),
-    "held.csv": ("text,label,split\na,x,train\nb,y,train\n", "held.csv:3: no row is held out; mark some with split 'test'"),
-    "broken.jsonl": ('{"text": "a", "label": 1}\n{"text": \n', "broken.jsonl:2: not readable as JSON: Expecting value at column 10"),
+    "held.csv": (
+        "text,label,split\na,x,train\nb,y,train\n",
+        "held.csv:3: no row is held out; mark some with split 'test'",
+    ),
+    "broken.jsonl": (
+        '{"text": "a", "label": 1}\n{"text": \n',
+        "broken.jsonl:2: not readable as JSON: Expecting value at column 10",
+    ),
     "list.jsonl": ("[1]\n", "list.jsonl:1: a row must be an object with text and label, got list"),
     "text.jsonl": ('{"label": 1}\n', "text.jsonl:1: text is missing or empty"),
 }

@@ -1,14 +1,14 @@
-"""Modules: PEFT's parameters and keys, mixed batches that equal single-adapter runs, gradients that stay with their own rows."""
+"""Modules: PEFT's parameters and keys, mixed batches that equal single-adapter runs, gradients of own rows alone."""
 
 import threading
 
 import peft
 import pytest
 import torch
-from tests.conftest import DEVICE, INTERPRET
 from torch import nn
 
 from peft_ops.nn import IA3Linear, PromptEmbedding, PromptEncoder, TaskBatch, current_tasks, tasks
+from tests.conftest import DEVICE, INTERPRET
 
 ROWS = ["red", None, "green", "red"]
 fast = pytest.mark.skipif(INTERPRET, reason="thousands of programs; the operators' own tests interpret the kernels")
@@ -24,7 +24,9 @@ def ia3_linear(is_feedforward: bool, names=("red", "green", "blue")) -> IA3Linea
 def peft_layer(layer: IA3Linear, name: str) -> nn.Module:
     """PEFT's layer with the same weights and the vector of one adapter."""
     config = peft.IA3Config(target_modules=["0"], feedforward_modules=["0"] if layer.is_feedforward else [])
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), config, adapter_name=name).base_model.model[0].to(DEVICE)
+    model = (
+        peft.get_peft_model(nn.Sequential(nn.Linear(6, 10)), config, adapter_name=name).base_model.model[0].to(DEVICE)
+    )
     state = {key: value for key, value in layer.state_dict().items() if "ia3_l" not in key or key.endswith(f".{name}")}
     model.load_state_dict(state)  # strict: our keys are PEFT's
     return model
@@ -98,7 +100,10 @@ def test_new_vectors_are_ones_in_peft_shape():
 def test_half_precision_base_gets_fp32_vectors():
     layer = IA3Linear(nn.Linear(6, 10, dtype=torch.bfloat16, device=DEVICE))
     assert layer.add_adapter("red").dtype == torch.float32
-    assert layer(torch.ones(1, 6, dtype=torch.bfloat16, device=DEVICE), TaskBatch.of_rows(["red"], DEVICE)).dtype == torch.bfloat16
+    assert (
+        layer(torch.ones(1, 6, dtype=torch.bfloat16, device=DEVICE), TaskBatch.of_rows(["red"], DEVICE)).dtype
+        == torch.bfloat16
+    )
 
 
 class TestTasks:
@@ -126,13 +131,19 @@ class TestTasks:
     def test_given_batch_wins_over_the_context(self):
         layer, x = ia3_linear(False), torch.randn(1, 6, device=DEVICE)
         with tasks(["red"], DEVICE):
-            assert torch.equal(layer(x, TaskBatch.of_rows(["green"], DEVICE)), layer(x, TaskBatch.of_rows(["green"], DEVICE)))
+            assert torch.equal(
+                layer(x, TaskBatch.of_rows(["green"], DEVICE)), layer(x, TaskBatch.of_rows(["green"], DEVICE))
+            )
             assert not torch.equal(layer(x, TaskBatch.of_rows(["green"], DEVICE)), layer(x))
 
 
 def peft_encoder(kind: str, **sizes) -> nn.Module:
     config = peft.PromptEncoderConfig(
-        encoder_reparameterization_type=kind.upper(), num_transformer_submodules=1, num_virtual_tokens=5, token_dim=8, **sizes
+        encoder_reparameterization_type=kind.upper(),
+        num_transformer_submodules=1,
+        num_virtual_tokens=5,
+        token_dim=8,
+        **sizes,
     )
     return peft.PromptEncoder(config)
 
@@ -165,7 +176,9 @@ class TestPromptEmbedding:
 
     def run(self, prompts, rows, **kwargs):
         table = torch.arange(40.0, device=DEVICE).reshape(10, 4)
-        return prompts(self.ids.to(DEVICE), table, self.mask.to(DEVICE), TaskBatch.of_rows(rows, DEVICE), **kwargs), table
+        return prompts(
+            self.ids.to(DEVICE), table, self.mask.to(DEVICE), TaskBatch.of_rows(rows, DEVICE), **kwargs
+        ), table
 
     def test_prompt_before_the_text_and_none_for_base_rows(self):
         prompts = prompt_embedding()
@@ -181,7 +194,7 @@ class TestPromptEmbedding:
         for name, encoder in prompts.encoders.items():
             encoder.register_forward_hook(lambda *_, name=name: calls.append(name))
         got, _ = self.run(prompts, ROWS)
-        assert sorted(calls) == ["red", "green"]
+        assert sorted(calls) == ["green", "red"]
         got.inputs_embeds.sum().backward()
         assert all(p.grad is None for p in prompts.encoders["blue"].parameters())
         assert all(p.grad is not None for p in prompts.encoders["green"].parameters())
@@ -245,7 +258,11 @@ def test_mixed_training_equals_training_alone():
     "call, error, text",
     [
         (lambda: IA3Linear(nn.Conv2d(1, 1, 1)), TypeError, "IA3Linear: base must be an nn.Linear, got Conv2d"),
-        (lambda: ia3_linear(False).add_adapter("red"), ValueError, "IA3Linear: adapter must have a new name, got 'red'"),
+        (
+            lambda: ia3_linear(False).add_adapter("red"),
+            ValueError,
+            "IA3Linear: adapter must have a new name, got 'red'",
+        ),
         (
             lambda: prompt_embedding().add_adapter("red", PromptEncoder(1, 4)),
             ValueError,
