@@ -384,17 +384,15 @@ def test_messages(op, args, message):
 # the names that this library takes from torch, each of them exported by torch 2.10.0: a later one would not load there
 TORCH_2_10 = """
     aoti_torch_abi_version aoti_torch_delete_library_object aoti_torch_delete_tensor_object
-    aoti_torch_get_data_ptr aoti_torch_get_dim aoti_torch_get_dtype aoti_torch_get_numel aoti_torch_get_size
-    aoti_torch_get_sizes aoti_torch_get_stride aoti_torch_is_contiguous aoti_torch_library_init_impl
-    aoti_torch_new_tensor_handle torch_call_dispatcher torch_delete_list torch_delete_string
-    torch_library_impl torch_list_push_back torch_new_list_reserve_size torch_parallel_for torch_string_c_str
-    torch_string_length
+    aoti_torch_empty_strided aoti_torch_get_data_ptr aoti_torch_get_dim aoti_torch_get_dtype
+    aoti_torch_get_numel aoti_torch_get_size aoti_torch_get_sizes aoti_torch_get_stride
+    aoti_torch_is_contiguous aoti_torch_library_init_impl aoti_torch_new_tensor_handle torch_delete_string
+    torch_library_impl torch_parallel_for torch_string_c_str torch_string_length
 """.split()
-CONSTANTS = {  # functions that return the number of a dtype, a device or a layout
+CONSTANTS = {  # functions that return the number of a dtype or a device
     "aoti_torch_dtype_": "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16"
     " complex32 complex64 complex128 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz",
     "aoti_torch_device_type_": "cpu cuda meta mps privateuse1 xpu",
-    "aoti_torch_layout_": "_mkldnn jagged sparse_bsc sparse_bsr sparse_coo sparse_csc sparse_csr strided",
 }
 
 
