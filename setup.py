@@ -120,7 +120,7 @@ class BuildNative(build_ext):
                 objects = list(pool.map(compile_object, ext.sources))
             subprocess.run([*linker, "-shared", *objects, f"-L{TORCH / 'lib'}", *libraries, "-o", target], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise CompileError(f"peft_ops: {ext.name} is left out, {error}") from error
+            raise CompileError(f"peft_ops: {ext.name} left out, {error}") from error
 
 
 class Wheel(bdist_wheel):
