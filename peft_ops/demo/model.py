@@ -202,7 +202,9 @@ def load(path: str, device: torch.device) -> tuple[Encoder, Tokens]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         backbone = load_backbone(path, device)
-    except (OSError, ValueError) as error:
+    except DemoError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DemoError(f"--model: {path}: cannot be loaded: {reason[0]}") from None
     if tokenizer.pad_token is None:
