@@ -157,6 +157,16 @@ def test_mixed_batch_equals_single_task_runs_bitwise(trained):
     assert changed.tolist() == [name is not None for name in request.adapters]
 
 
+def test_texts_of_one_length_leave_a_pad(trained):
+    """Without a pad transformers drops the mask, and rows come out of another attention kernel."""
+    encoder, _, tokens, tasks, _ = trained
+    texts = [" ".join(WORDS[i : i + 5]) for i in range(6)]
+    tokens.add(texts)
+    names = ["ptuning-first", None] * 3
+    request = serve.Request(names, names, texts, [], [])
+    assert serve.single_task_difference(encoder, tokens(texts, CPU), request) == [0.0] * 6
+
+
 def test_rows_are_classified_by_their_own_head(trained):
     encoder, heads, _, tasks, _ = trained
     features = torch.randn(4, 32)
