@@ -22,27 +22,27 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate_grad(z, ACTIVATION: tl.constexpr):
-    """act(z) and act'(z) in fp32."""
+def activate_backward(z, g, ACTIVATION: tl.constexpr):
+    """act(z) and g * act'(z) in fp32. relu chooses, not multiplies: g may be Inf, and NaN in z lets it pass."""
     if ACTIVATION == "relu":
         a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        da = tl.where(z > 0, 1.0, 0.0)
+        dz = tl.where(z <= 0.0, 0.0, g)
     elif ACTIVATION == "silu":
         sig = 1.0 / (1.0 + tl.exp(-z))
         a = z * sig
-        da = sig + a * (1.0 - sig)
+        dz = g * (sig + a * (1.0 - sig))
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         a = z * cdf
-        da = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        dz = g * (cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z))
     elif ACTIVATION == "gelu_tanh":
         sig = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))
         a = z * sig
-        da = sig + a * (1.0 - sig) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        dz = g * (sig + a * (1.0 - sig) * 1.5957691216057308 * (1.0 + 0.134145 * z * z))
     else:
         a = z
-        da = tl.full(z.shape, 1.0, tl.float32)
-    return a, da
+        dz = g
+    return a, dz
 
 
 @triton.jit

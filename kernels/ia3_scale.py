@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from peft_ops.kernels.device import activate, activate_grad, task_scale
+from peft_ops.kernels.device import activate, activate_backward, task_scale
 
 
 # sizes that change from call to call are not specialised: at a multiple of 16 rows Triton would compile again
@@ -71,17 +71,17 @@ def ia3_scale_bwd_kernel(
             dy_ptr + row[:, None] * stride_dym + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
         )
         dy = dy.to(tl.float32)
+        dx = dy
+        if NEED_DX:
+            dx = dy * scale[None, :]
         if NEED_DL or ACTIVATION is not None:
             x = tl.load(
                 x_ptr + row[:, None] * stride_xm + offs_n[None, :], mask=mask, other=0.0, eviction_policy="evict_first"
             )
-            a, da = activate_grad(x.to(tl.float32), ACTIVATION)
+            a, dx = activate_backward(x.to(tl.float32), dx, ACTIVATION)
         if NEED_DL:
             acc += dy * a
         if NEED_DX:
-            dx = dy * scale[None, :]
-            if ACTIVATION is not None:
-                dx *= da
             tl.store(dx_ptr + row[:, None] * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEED_DL:
         tl.store(part_ptr + chunk.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=mask_n)

@@ -66,15 +66,4 @@ def use_triton(op: str, x: Tensor) -> bool:
     return x.is_cuda and _backend in ("auto", "triton")
 
 
-def use_native(op: str, x: Tensor) -> bool:
-    """Whether a native CPU kernel of `op` may serve x; the launcher then decides by size whether it does."""
-    from peft_ops._library import has_native
-
-    if _backend == "native" and not has_native():
-        raise RuntimeError(
-            f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info"
-        )
-    return x.device.type == "cpu" and x.dtype != torch.float64 and _backend in ("auto", "native") and has_native()
-
-
 set_backend(os.environ.get("PEFT_OPS_BACKEND", "auto"))

@@ -1,5 +1,6 @@
 """Operators as torch sees them: all schemas in one table, and the doors from a public function to its operator."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_ops._backend import get_backend
+from peft_ops._native_rule import native_wins
 
 SCHEMAS = {
     "plan_tasks": "(Tensor task_ids, Tensor? cu_seqlens, SymInt rows, SymInt num_tasks)"
@@ -51,8 +53,14 @@ native = torch.ops.peft_ops_native
 def _load_native() -> bool:
     for path in Path(__file__).parent.glob("_C*.so"):
         if not path.name.startswith("_C_cuda"):
-            torch.ops.load_library(path)
-            return True
+            try:
+                torch.ops.load_library(path)
+            except OSError as error:
+                warnings.warn(
+                    f"peft_ops: {path.name} cannot be loaded, plain PyTorch runs instead: {error}", stacklevel=2
+                )
+            else:
+                return True
     return False
 
 
@@ -61,6 +69,17 @@ _HAS_NATIVE = _load_native()
 
 def has_native() -> bool:
     return _HAS_NATIVE
+
+
+def use_native(op: str, x: Tensor, fused: bool = True) -> bool:
+    """Whether the native CPU kernel of `op` serves x. fused: it does more in its pass than scale by one vector."""
+    if get_backend() == "native" and not has_native():
+        raise RuntimeError(
+            f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info"
+        )
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not has_native():
+        return False
+    return get_backend() == "native" or (get_backend() == "auto" and native_wins(op, x.dtype, x.numel(), fused))
 
 
 # Names under torch._C are private: where one is missing, the slower public road is taken.

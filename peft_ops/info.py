@@ -30,10 +30,11 @@ def version(package: str) -> str:
 
 def libraries() -> dict[str, str]:
     folder = Path(peft_ops.__file__).parent
-    files = {path.name.split(".")[0]: path for path in folder.glob("_C*.so")}
-    cpu = f"{files['_C'].name}, {files['_C'].stat().st_size // 1024} KiB" if "_C" in files else f"absent: {why_absent()}"
-    cuda = files["_C_cuda"].name if "_C_cuda" in files else "absent"
-    return {"native CPU library": cpu, "native CUDA library": cuda}
+    found = {
+        path.name.split(".")[0]: f"{path.name}, {path.stat().st_size // 1024} KiB" for path in folder.glob("_C*.so")
+    }
+    cpu = found.get("_C", f"absent: {why_absent()}")
+    return {"native CPU library": cpu, "native CUDA library": found.get("_C_cuda", "absent")}
 
 
 def why_absent() -> str:
@@ -43,8 +44,8 @@ def why_absent() -> str:
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
         return "there is no C++ compiler; plain PyTorch runs instead"
     return (
-        "the build did not see torch or a compiler, failed, or was told PEFT_OPS_SKIP_BUILD=1; plain PyTorch runs instead. "
-        "`pip install -v --no-build-isolation .` in a checkout says which"
+        "the build did not see torch or a compiler, failed, or was told PEFT_OPS_SKIP_BUILD=1; plain PyTorch runs "
+        "instead. `pip install -v --no-build-isolation .` in a checkout says which"
     )
 
 
@@ -93,16 +94,18 @@ def dispatch() -> dict[str, str]:
 
 
 def info() -> dict[str, str]:
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU"
     machine = {
         "peft_ops": f"{peft_ops.__version__} in {Path(peft_ops.__file__).parent}",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "packages": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
         "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
-        "GPU": ", ".join(gpus) or f"none (torch built for CUDA {torch.version.cuda})" if torch.version.cuda else "none (CPU build of torch)",
+        "GPU": gpus or f"none; torch is built for {build}",
     }
     variables = ", ".join(f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ)
-    return machine | libraries() | {"backend": _backend.get_backend(), "environment": variables or "nothing set"} | dispatch()
+    settings = {"backend": _backend.get_backend(), "environment": variables or "nothing set"}
+    return machine | libraries() | settings | dispatch()
 
 
 if __name__ == "__main__":

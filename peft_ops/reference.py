@@ -136,7 +136,7 @@ def act_scale(z: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str
 
 
 ACTIVATION_BACKWARD = {
-    "relu": lambda g, z: torch.where(z > 0, g, 0),
+    "relu": lambda g, z: torch.ops.aten.threshold_backward(g, z, 0),
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward,
@@ -154,7 +154,7 @@ def act_scale_backward(
     dy = dy.to(dtype).reshape(view)
     dz, dl = z.new_empty(0), z.new_empty(0, dtype=dtype)
     if need_dz:
-        scale = ia3_l if task_ids is None else scale_rows(ia3_l, task_ids)
+        scale = ia3_l[:1] if task_ids is None else scale_rows(ia3_l, task_ids)
         dz = dy * scale.to(dtype)[:, None]
         if activation is not None:
             dz = ACTIVATION_BACKWARD[activation](dz, z.to(dtype).reshape(view))
@@ -328,7 +328,7 @@ def concat_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor,
     task = layout[:, :1].long()
     if num_tasks and P:
         row = task.clamp(min=0) * P + prompt_row.clamp(0, P - 1)
-        prompt = prompts.reshape(-1, E).index_select(0, row.reshape(-1)).reshape(B, P + S, E)
+        prompt = prompts.reshape(num_tasks * P, E).index_select(0, row.reshape(-1)).reshape(B, P + S, E)
         out = torch.where(is_prompt[..., None], prompt.to(tokens.dtype), out)
     return torch.where((task == BAD)[..., None], float("nan"), out)
 
@@ -360,7 +360,7 @@ def concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int) -> Ten
     # what is no prompt adds to a last slot that nobody reads
     slot = torch.where(has & (ids >= 0)[:, None], ids[:, None] * P + p, num_tasks * P)
     dtype = compute_dtype(dout)
-    rows = dout.reshape(-1, E).index_select(0, torch.where(has, row, 0).reshape(-1)).to(dtype)
+    rows = dout.reshape(B * dout.shape[1], E).index_select(0, torch.where(has, row, 0).reshape(-1)).to(dtype)
     dprompts = torch.zeros(num_tasks * P + 1, E, dtype=dtype, device=dout.device)
     return dprompts.index_add_(0, slot.reshape(-1), rows)[:-1].clone().view(num_tasks, P, E)
 

@@ -24,10 +24,10 @@ LAYERS = {
     "kernels": ({"kernels"}, {"triton"}, set()),
     "peft_ops/reference.py": (set(), {"torch"}, set()),
     "peft_ops/kernels.py": (set(), set(), set()),
-    "peft_ops/_backend.py": ({"_library"}, {"torch"}, {"triton"}),
-    "peft_ops/_library.py": ({"_backend"}, {"torch"}, set()),
+    "peft_ops/_backend.py": (set(), {"torch"}, {"triton"}),
+    "peft_ops/_library.py": ({"_backend", "_native_rule"}, {"torch"}, set()),
     "peft_ops/_checks.py": ({"_backend", "_library", "reference"}, {"torch"}, set()),
-    "peft_ops/_native_rule.py": ({"_backend", "_library", "reference"}, {"torch"}, set()),
+    "peft_ops/_native_rule.py": (set(), {"torch"}, set()),
     "peft_ops/ops": (
         {"kernels", "ops", "reference", "_backend", "_checks", "_library", "_native_rule"},
         {"torch"},

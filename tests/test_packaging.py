@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_architecture import ROOT, STEMS, tree
 
 import peft_ops
+from tests.test_architecture import ROOT, STEMS, tree
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
 OURS = ("PEFT_OPS_", "PYTHONPATH", "TRITON_INTERPRET")

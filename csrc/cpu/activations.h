@@ -47,7 +47,7 @@ struct Relu {
     return z < 0.0f ? 0.0f : z;
   }
   PEFT_OPS_INLINE static float backward(float z, float g, float& dz) {
-    dz = bit_cast<float>(bit_cast<uint32_t>(g) & (z > 0.0f ? ~0u : 0u)); // a choice: g may be Inf
+    dz = bit_cast<float>(bit_cast<uint32_t>(g) & (z <= 0.0f ? 0u : ~0u)); // a choice, since g may be Inf; NaN lets it through
     return value(z);
   }
 };

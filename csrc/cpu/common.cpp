@@ -33,8 +33,19 @@ Rows float_rows(const char* op, const char* arg, const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), rows, cols, t.stride(0) * item_size(dtype), dtype};
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  // past the dispatcher, which takes 0.6 us of the 2.6 us that a call with one row takes
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[d]);
+  }
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 Ids int_ids(const char* op, const char* arg, const Tensor& t) {

@@ -83,7 +83,7 @@ struct Rows {
 std::string shape_of(const Tensor& t);
 Dtype float_dtype(const char* op, const char* arg, const Tensor& t);
 Rows float_rows(const char* op, const char* arg, const Tensor& t);
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype);
+Tensor empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype);
 
 // int32 or int64 ids in flattened order
 struct Ids {

@@ -125,8 +125,8 @@ class Scales {
   std::vector<float> buffer_;
 };
 
-Tensor scale_rows(const Rows& x, const Rows& l, const Groups& groups, const RowKernels& kernels, const Tensor& like) {
-  Tensor out = empty(like, {x.rows, x.cols}, like.scalar_type());
+Tensor scale_rows(const Rows& x, const Rows& l, const Groups& groups, const RowKernels& kernels, torch::headeronly::ScalarType dtype) {
+  Tensor out = empty({x.rows, x.cols}, dtype);
   char* y_ptr = static_cast<char*>(out.data_ptr());
   int64_t N = x.cols, row_bytes = N * item_size(x.dtype);
   if (N == 0)
@@ -199,7 +199,7 @@ Tensor ia3_scale(
   const char* op = "ia3_scale";
   const RowKernels& kernels = find_kernels(op, activation);
   Rows rows = float_rows(op, "x", x), l = check_table(op, ia3_l, rows.cols);
-  return scale_rows(rows, l, check_groups(op, task_ids, l.rows, rows.rows), kernels, x);
+  return scale_rows(rows, l, check_groups(op, task_ids, l.rows, rows.rows), kernels, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> ia3_scale_backward(
@@ -219,11 +219,11 @@ std::tuple<Tensor, Tensor> ia3_scale_backward(
   STD_TORCH_CHECK(grad.dtype == in.dtype, op, ": dy must have z's dtype, got ", torch::headeronly::toString(dy.scalar_type()));
   Groups groups = check_groups(op, task_ids, l.rows, in.rows);
   if (!need_dl && (kernels.identity || !need_dz)) // dz = dy * l does not read z
-    return {need_dz ? scale_rows(grad, l, groups, kernels, z) : empty(z, {0}, z.scalar_type()), empty(z, {0}, ScalarType::Float)};
+    return {need_dz ? scale_rows(grad, l, groups, kernels, z.scalar_type()) : empty({0}, z.scalar_type()), empty({0}, ScalarType::Float)};
 
   int64_t N = in.cols, size = item_size(in.dtype), num_blocks = (N + kBlock - 1) / kBlock;
-  Tensor dz_out = need_dz ? empty(z, {in.rows, N}, z.scalar_type()) : empty(z, {0}, z.scalar_type());
-  Tensor dl_out = need_dl ? empty(z, {l.rows, N}, ScalarType::Float) : empty(z, {0}, ScalarType::Float);
+  Tensor dz_out = need_dz ? empty({in.rows, N}, z.scalar_type()) : empty({0}, z.scalar_type());
+  Tensor dl_out = need_dl ? empty({l.rows, N}, ScalarType::Float) : empty({0}, ScalarType::Float);
   char* dz_ptr = static_cast<char*>(dz_out.data_ptr());
   float* dl_ptr = static_cast<float*>(dl_out.data_ptr());
   if (N == 0)

@@ -130,7 +130,7 @@ Tensor prompt_concat(
   int64_t B = tokens.B, S = tokens.S, E = tokens.E, P = prompts.size1, L = P + S;
   STD_TORCH_CHECK(prompts.cols == E, op, ": prompts must have ", E, " columns as the embeddings have, got shape ", shape_of(prompts_in));
   Layout layout = check_layout(op, layout_in, B, S, prompts.size0, P);
-  Tensor out = empty(prompts_in, {B, L, E}, (embedding ? *embedding : tokens_in).scalar_type());
+  Tensor out = empty({B, L, E}, (embedding ? *embedding : tokens_in).scalar_type());
   char* out_ptr = static_cast<char*>(out.data_ptr());
   int64_t row_bytes = E * item_size(tokens.dtype);
   if (E == 0)
@@ -164,7 +164,7 @@ Tensor prompt_concat_backward(const Tensor& dout_in, const Tensor& layout_in, in
   STD_TORCH_CHECK(num_tasks >= 0, op, ": num_tasks must not be negative, got ", num_tasks);
   STD_TORCH_CHECK(P >= 0 && P <= dout.size1, op, ": P must lie in [0, ", dout.size1, "], got ", P);
   Layout layout = check_layout(op, layout_in, B, dout.size1 - P, num_tasks, P);
-  Tensor out = empty(dout_in, {num_tasks, P, E}, torch::headeronly::ScalarType::Float);
+  Tensor out = empty({num_tasks, P, E}, torch::headeronly::ScalarType::Float);
   float* out_ptr = static_cast<float*>(out.data_ptr());
 
   // rows of each task in ascending order

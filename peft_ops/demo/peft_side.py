@@ -13,7 +13,9 @@ from peft_ops.demo.model import Encoder, Heads, Texts, ia3_targets, load_backbon
 from peft_ops.demo.train import ENCODER_HIDDEN_SIZE, NUM_VIRTUAL_TOKENS, adapter
 
 
-def export(path: str, encoder: Encoder, heads: Heads, tasks: list[Task], methods: Sequence[str], kind: str, folder: Path) -> None:
+def export(
+    path: str, encoder: Encoder, heads: Heads, tasks: list[Task], methods: Sequence[str], kind: str, folder: Path
+) -> None:
     """Write every adapter through PEFT itself, and every head beside its adapter."""
     for method in methods:
         config = peft_config(method, encoder, kind)
@@ -102,3 +104,12 @@ class PeftServer:
             states = self.run(texts, name)
             out[rows, : states.shape[1]] = states
         return out
+
+
+def parts_of(texts: Texts, adapters: Sequence[str | None]) -> list[tuple[str | None, Tensor, Texts]]:
+    """Rows and texts of each adapter, cut to the longest text of the part."""
+    parts = []
+    for name in dict.fromkeys(adapters):
+        rows = torch.tensor([i for i, owner in enumerate(adapters) if owner == name], device=texts.input_ids.device)
+        parts.append((name, rows, texts[rows]))
+    return parts

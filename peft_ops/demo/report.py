@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft_ops.demo.data import Task
 from peft_ops.demo.serve import Served
+from peft_ops.demo.timing import AGAIN, BARE, Timing
 from peft_ops.demo.train import METHODS, Result
 
 COLOURS = {"head": "#9aa5b1", "ia3": "#1f6fb2", "ptuning": "#d9822b"}
@@ -17,14 +18,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (header, ["-" * width for width in widths], *rows)
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def accuracy_table(tasks: list[Task], results: list[Result]) -> str:
-    header = ["held-out accuracy (training)", "labels", "train", "held out", "chance", *(METHODS[r.method] for r in results)]
+    header = [
+        "held-out accuracy (training)",
+        "labels",
+        "train",
+        "held out",
+        "chance",
+        *(METHODS[r.method] for r in results),
+    ]
     rows = [
         [task.name, str(len(task.labels)), str(len(task.train)), str(len(task.held_out)), f"{task.chance:.3f}"]
         + [f"{r.held_out[i]:.3f} ({r.train[i]:.2f})" for r in results]
@@ -44,7 +55,10 @@ def parameter_table(results: list[Result], base: int, num_tasks: int) -> str:
             [METHODS[result.method], f"{trained:,.0f}", f"{trained / base:.3%}", f"{kept:,.0f}", f"{kept / base:.3%}"]
             + [f"{result.seconds:.1f} s", f"{result.loss:.3f}"]
         )
-    return table(header, rows) + f"\n(averages, head included; share of the {base:,} frozen parameters; time of all tasks together)"
+    return (
+        table(header, rows)
+        + f"\n(averages, head included; share of the {base:,} frozen parameters; time of all tasks together)"
+    )
 
 
 def served_table(served: Served) -> str:
@@ -55,34 +69,44 @@ def served_table(served: Served) -> str:
         right = sum(served.answers[i] == request.labels[i] for i in owned)
         rows.append(
             [name[0] or "base model", name[1].partition("-")[2], str(len(owned)), f"{right}/{len(owned)}"]
-            + [f"{max(values[i] for i in owned):.1e}" if values else "" for values in (served.to_single, served.to_peft)]
+            + [
+                f"{max(values[i] for i in owned):.1e}" if values else ""
+                for values in (served.to_single, served.to_peft)
+            ]
         )
     header = ["adapter of the row", "task", "rows", "right", "to its single-task run", "to PEFT's own run"]
     return table(header, rows)
 
 
-def time_table(served: Served) -> str:
+def time_table(timing: Timing) -> str:
     rows = [
-        [name, f"{served.seconds[name] * 1e3:.1f} ms", f"{mid:.3f}", f"{low:.3f} - {high:.3f}"]
-        for name, (mid, low, high) in served.ratios.items()
+        [name, f"{timing.seconds[name] * 1e3:.1f} ms", f"{mid:.3f}", f"{low:.3f} - {high:.3f}"]
+        for name, (mid, low, high) in timing.ratios.items()
     ]
-    header = [f"{len(served.request.texts)} rows, forward", "median time", "ratio to bare", "middle half"]
-    return table(header, rows) + f"\n(paired ratios of {served.rounds} interleaved ABBA rounds; 'bare model again' is the noise floor)"
+    header = [
+        f"forward pass, {timing.rows} rows, {timing.rounds} rounds",
+        "median time",
+        "ratio to bare",
+        "middle half",
+    ]
+    return table(header, rows)
 
 
 def write_json(path: Path, settings: dict, tasks: list[Task], results: list[Result], served: Served) -> None:
     """Everything that was printed, for programs."""
     content = {
         "settings": settings,
-        "tasks": [{"name": t.name, "labels": t.labels, "train": len(t.train), "held_out": len(t.held_out), "chance": t.chance} for t in tasks],
+        "tasks": [
+            {"name": t.name, "labels": t.labels, "train": len(t.train), "held_out": len(t.held_out), "chance": t.chance}
+            for t in tasks
+        ],
         "results": [asdict(result) for result in results],
         "served": {
             "rows": [
                 {"adapter": name, "difference_to_single": single, "difference_to_peft": peft}
                 for name, single, peft in zip(served.request.adapters, served.to_single, served.to_peft, strict=True)
             ],
-            "seconds": served.seconds,
-            "ratio_to_bare": {name: values[0] for name, values in served.ratios.items()},
+            "timings": [asdict(timing) for timing in served.timings],
         },
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
@@ -97,7 +121,7 @@ def draw(path: Path, tasks: list[Task], results: list[Result], served: Served, p
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=[1.15, 1], layout="constrained")
     draw_accuracy(left, tasks, results)
-    draw_cost(right, served, place)
+    draw_cost(right, served.timings, place)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -112,8 +136,12 @@ def draw_accuracy(axes, tasks: list[Task], results: list[Result]) -> None:
         axes.bar_label(bars, [f"{value:.2f}" for value in result.held_out], fontsize=8, padding=2)
     for number, task in enumerate(tasks):
         label = "chance" if number == 0 else None
-        axes.hlines(task.chance, number - 0.45, number + 0.45, colors="black", linestyles="dashed", linewidth=1, label=label)
-    axes.set_xticks(range(len(tasks)), [f"{task.name}\n{len(task.labels)} labels, {len(task.train)} texts" for task in tasks])
+        axes.hlines(
+            task.chance, number - 0.45, number + 0.45, colors="black", linestyles="dashed", linewidth=1, label=label
+        )
+    axes.set_xticks(
+        range(len(tasks)), [f"{task.name}\n{len(task.labels)} labels, {len(task.train)} texts" for task in tasks]
+    )
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.set_ylabel("held-out accuracy")
@@ -121,23 +149,46 @@ def draw_accuracy(axes, tasks: list[Task], results: list[Result]) -> None:
     axes.legend(ncols=4, fontsize=8, frameon=False, loc="upper center")
 
 
-def draw_cost(axes, served: Served, place: str) -> None:
-    names = [name for name in served.ratios if name != "bare model again"]
-    values = [served.ratios[name][0] for name in names]
-    spread = [[value - served.ratios[name][1] for name, value in zip(names, values, strict=True)]]
-    spread.append([served.ratios[name][2] - value for name, value in zip(names, values, strict=True)])
-    colours = [PEFT_COLOUR if name.startswith("PEFT") else COLOURS["ia3" if "IA" in name else "ptuning"] for name in names]
-    colours[0] = "#4a5560"
-    places = range(len(names))
-    axes.barh(places, values, 0.62, color=colours, xerr=spread, error_kw={"elinewidth": 1, "capsize": 2})
-    for at, name, value, high in zip(places, names, values, spread[1], strict=True):
-        axes.text(value + high + 0.03 * max(values), at, f"{value:.2f} x  ({served.seconds[name] * 1e3:.0f} ms)", va="center", fontsize=8)
-    low, high = served.ratios["bare model again"][1:]
-    axes.axvspan(min(low, 1), max(high, 1), color="#d0d0d0", alpha=0.6, zorder=0, label="noise: bare model against itself")
+def draw_cost(axes, timings: list[Timing], place: str) -> None:
+    names = [name for name in timings[0].ratios if name != AGAIN]
+    height = 0.8 / len(timings)
+    widest = max(timing.ratios[name][2] for timing in timings for name in names)
+    for number, timing in enumerate(timings):
+        values, lows, highs = zip(*(timing.ratios[name] for name in names), strict=True)
+        at = [i + (number - (len(timings) - 1) / 2) * height for i in range(len(names))]
+        spread = [
+            [v - low for v, low in zip(values, lows, strict=True)],
+            [h - v for v, h in zip(values, highs, strict=True)],
+        ]
+        colours = [run_colour(name) for name in names]
+        fade = 0.55 if number == 0 else 1.0
+        axes.barh(
+            at,
+            values,
+            height * 0.92,
+            color=colours,
+            alpha=fade,
+            xerr=spread,
+            error_kw={"elinewidth": 0.8, "capsize": 2},
+        )
+        for y, name, value, high in zip(at, names, values, highs, strict=True):
+            text = f"{value:.2f} x  ({timing.seconds[name] * 1e3:.0f} ms, {timing.rows} rows)"
+            axes.text(high + 0.02 * widest, y, text, va="center", fontsize=7.5)
+    floor = [timing.ratios[AGAIN] for timing in timings]
+    low, high = min(1, *(f[1] for f in floor)), max(1, *(f[2] for f in floor))
+    axes.axvspan(low, high, color="#d0d0d0", alpha=0.7, zorder=0, linewidth=0, label="noise: bare model against itself")
     axes.axvline(1, color="black", linestyle="dashed", linewidth=1)
-    axes.set_yticks(places, [name.replace(", ", "\n") for name in names], fontsize=9)
+    axes.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8.5)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(values) * 1.35)
-    axes.set_xlabel(f"time of one forward pass / bare model ({len(served.request.texts)} rows, {place})")
+    axes.set_xlim(0, widest * 1.5)
+    axes.set_xlabel(f"time of a forward pass / bare model ({place}; bars: median, lines: middle half)", fontsize=9)
     axes.set_title("What serving all tasks in one batch costs", fontsize=11)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="upper right")
+
+
+def run_colour(name: str) -> str:
+    if name == BARE:
+        return "#4a5560"
+    if name.startswith("PEFT"):
+        return PEFT_COLOUR
+    return COLOURS["ia3" if METHODS["ia3"] in name else "ptuning"]

@@ -1,4 +1,4 @@
-"""Modules over the operators: frozen layers with many adapters, and the batch context that says which row uses which."""
+"""Modules over the operators: frozen layers with many adapters, and the context that says which row uses which."""
 
 from peft_ops.nn.ia3 import IA3Linear
 from peft_ops.nn.prompts import PromptEmbedding, PromptEncoder

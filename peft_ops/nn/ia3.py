@@ -12,8 +12,8 @@ from peft_ops.ops.ia3_linear import ia3_linear
 class IA3Linear(nn.Module):
     """y = base(x) * l[t], or base(x * l[t]) with is_feedforward; row b belongs to adapter t(b).
 
-    Keys of the state dict are PEFT's: `base_layer.weight`, `base_layer.bias`, `ia3_l.<adapter>`. Each adapter is a parameter of
-    its own, so that one absent from a batch gets no gradient and an optimizer leaves it alone.
+    Keys of the state dict are PEFT's: `base_layer.weight`, `base_layer.bias`, `ia3_l.<adapter>`. Each adapter is a
+    parameter of its own, so that one absent from a batch gets no gradient and an optimizer leaves it alone.
 
     Args:
         base: the layer to wrap; its weights are shared, not copied.
@@ -55,7 +55,10 @@ class IA3Linear(nn.Module):
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str] | None) -> None:
-        """Keep the table of these adapters for batches without gradients; None drops all. A snapshot: call again after training."""
+        """Keep the table of these adapters for batches without gradients; None drops all.
+
+        A snapshot: call it again after training.
+        """
         if names is None:
             self._served.clear()
         else:

@@ -12,7 +12,7 @@ from peft_ops.reference import PromptBatch
 
 
 class PromptEncoder(nn.Module):
-    """h(P): a table of pseudo tokens and a network that turns it into prompt embeddings [num_virtual_tokens, token_dim].
+    """h(P): pseudo tokens and a network that turns them into prompt embeddings [num_virtual_tokens, token_dim].
 
     Modules, initialisation and state-dict keys are those of peft.PromptEncoder: checkpoints map one to one.
 
@@ -75,7 +75,7 @@ class PromptEmbedding(nn.Module):
         return encoder
 
     def table(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """Prompts [len(names), P, E], padded to the longest, and lengths [len(names)]; None if no adapter has a prompt."""
+        """Prompts [len(names), P, E], padded to the longest, and lengths [len(names)]; None if no adapter has one."""
         some = next((self.encoders[name] for name in names if name in self.encoders), None)
         if some is None:
             return None
@@ -86,7 +86,10 @@ class PromptEmbedding(nn.Module):
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str] | None) -> None:
-        """Keep the prompts of these adapters for batches without gradients; None drops all. A snapshot: call again after training."""
+        """Keep the prompts of these adapters for batches without gradients; None drops all.
+
+        A snapshot: call it again after training.
+        """
         if names is None:
             self._served.clear()
         elif (table := self.table(names)) is not None:

@@ -1,4 +1,4 @@
-"""Which adapter each row of a batch belongs to, said once per batch: `with tasks(["reviews", None, "legal"]): model(...)`."""
+"""Which adapter each row of a batch belongs to, said once: `with tasks(["reviews", None, "legal"]): model(...)`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_native, use_triton
+from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor
-from peft_ops._library import Operator, native, use_reference
-from peft_ops._native_rule import native_wins
+from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import TaskPlan
 
 kernels, tiles = LazyKernels("ia3_scale"), LazyKernels("tiles")
@@ -109,7 +108,7 @@ def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, ac
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_triton(op, x):
         return launch_scale(as_rows(x), ia3_l, task_ids, activation).view(x.shape)
-    if use_native(op, x) and native_wins("ia3_scale", x.dtype, x.numel()):
+    if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
         return native.ia3_scale(as_rows(x), ia3_l, task_ids, activation).view(x.shape)
     return reference.act_scale(x, ia3_l, task_ids, activation).contiguous()
 
@@ -124,7 +123,7 @@ def _ia3_scale_backward(
     need_dx, need_dl = needs
     if use_triton("ia3_scale", x):
         dx, dl = launch_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
-    elif use_native("ia3_scale", x) and native_wins("ia3_scale_backward", x.dtype, x.numel()):
+    elif use_native("ia3_scale_backward", x):
         dx, dl = native.ia3_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
     else:
         dx, dl = reference.act_scale_backward(dy, x, ia3_l, task_ids, activation, need_dx, need_dl)

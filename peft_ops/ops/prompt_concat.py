@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_native, use_triton
+from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, IDS, check_ids_in_range, check_tensor, shape
-from peft_ops._library import Operator, native, use_reference
-from peft_ops._native_rule import native_wins
+from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import PromptBatch
 
 kernels, tiles = LazyKernels("prompt_concat"), LazyKernels("tiles")
@@ -91,7 +90,7 @@ def _prompt_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attenti
     layout = reference.prompt_layout(
         task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), left, tokens.device
     )
-    if use_native("prompt_concat", widest) and native_wins("prompt_concat", source.dtype, B * (P + S) * E):
+    if use_native("prompt_concat", widest):
         out = native.prompt_concat(tokens, embedding, prompts, layout)
     else:
         out = reference.concat_embeddings(tokens, embedding, prompts, layout)
@@ -120,7 +119,7 @@ def _prompt_concat_fake(tokens, embedding, prompts, task_ids, prompt_lengths, at
 def _prompt_concat_backward(dout, layout, num_tasks, P):
     if use_triton("prompt_concat", dout):
         return launch_concat_backward(dout, layout, num_tasks, P)
-    if use_native("prompt_concat", dout) and native_wins("prompt_concat_backward", dout.dtype, dout.numel()):
+    if use_native("prompt_concat_backward", dout):
         return native.prompt_concat_backward(dout, layout, num_tasks, P)
     return reference.concat_backward(dout, layout, num_tasks, P)
 
