@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from peft_ops.kernels.device import activate, activate_grad, mma, task_scale
+from peft_ops.kernels.device import activate, activate_backward, mma, task_scale
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_id", "num_tasks"])
@@ -69,12 +69,14 @@ def ia3_glu_bwd_kernel(
         g = tl.load(g_ptr + row * stride_gm + cols, mask=mask, other=0.0, eviction_policy="evict_first")
         u = tl.load(u_ptr + row * stride_um + cols, mask=mask, other=0.0, eviction_policy="evict_first")
         dh, u = dh.to(tl.float32), u.to(tl.float32)
-        a, da = activate_grad(g.to(tl.float32), ACTIVATION)
+        dz = dh
+        if NEED_DX:
+            dz = dh * scale[None, :]
+        a, dg = activate_backward(g.to(tl.float32), dz * u, ACTIVATION)
         if NEED_DL:
             acc += dh * a * u
         if NEED_DX:
-            dz = dh * scale[None, :]
-            tl.store(dg_ptr + row * N + cols, (dz * u * da).to(dg_ptr.dtype.element_ty), mask=mask)
+            tl.store(dg_ptr + row * N + cols, dg.to(dg_ptr.dtype.element_ty), mask=mask)
             tl.store(du_ptr + row * N + cols, (dz * a).to(du_ptr.dtype.element_ty), mask=mask)
     if NEED_DL:
         tl.store(part_ptr + chunk.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=mask_n)
