@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from peft_ops._backend import LazyKernels
 from peft_ops.kernels import tiles
-from peft_ops.ops import ia3_linear, ia3_scale, prompt_concat, task_plan
+from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, task_plan
 
 ARCHITECTURES = (80, 90, 100)
 MATRIX = {
@@ -64,13 +66,11 @@ def recorded(*modules) -> Iterator[list[Launch]]:
     """The kernels of these ops modules record their launches instead of running."""
     launches: list[Launch] = []
     replaced = []
-    for module in modules:
-        lazy = module.kernels
-        source = __import__(f"peft_ops.kernels.{lazy.stem}", fromlist=["*"])
-        for name in vars(source):
-            if name.endswith("_kernel"):
-                replaced.append((lazy, name, lazy.__dict__.get(name)))
-                setattr(lazy, name, _Recorder(getattr(source, name), launches))
+    for lazy in (value for module in modules for value in vars(module).values() if isinstance(value, LazyKernels)):
+        source = import_module(f"peft_ops.kernels.{lazy.stem}")
+        for name in [name for name in vars(source) if name.endswith("_kernel")]:
+            replaced.append((lazy, name, lazy.__dict__.get(name)))
+            setattr(lazy, name, _Recorder(getattr(source, name), launches))
     try:
         yield launches
     finally:
@@ -153,26 +153,69 @@ def _scale_backward(M, N, dtype, ids, activation, need_dx, need_dl, which=0):
 @contextmanager
 def _gpu(capability: int) -> Iterator[None]:
     """The launchers choose as on a GPU of this compute capability."""
-    known = ia3_linear._capability
-    ia3_linear._capability = lambda x: (capability, tiles.MULTIPROCESSORS[capability])
+    modules = ia3_linear, ia3_kv_linear, ia3_glu
+    known = ia3_linear.capability_of
+    for module in modules:
+        module.capability_of = lambda x: (capability, tiles.MULTIPROCESSORS[capability])
     try:
         yield
     finally:
-        ia3_linear._capability = known
+        for module in modules:
+            module.capability_of = known
+
+
+def _tasks(M, ids):
+    """What a launcher takes for tasks: ids, plan, rows per id. ids: None, "two" (long sequences), "runs" (per token)."""
+    if ids is None:
+        return None, None, 1
+    plan = [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+    return _ids(M, torch.int32), plan, 128 if ids == "two" else 1
 
 
 def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=False):
-    """ids: None, "two" (sequences of 128 rows and more) or "runs" (per token)."""
-
     def record(capability):
         weight = _meta(K, N, dtype=dtype).t() if transposed else _meta(N, K, dtype=dtype)
-        task_ids = None if ids is None else _ids(M, torch.int32)
-        plan = None if ids is None else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+        b, table = _meta(N, dtype=dtype) if bias else None, _meta(4, N, dtype=torch.float32)
         with recorded(ia3_linear) as launches, _gpu(capability):
-            ia3_linear.launch_linear(
-                _meta(M, K, dtype=dtype), weight, _meta(N, dtype=dtype) if bias else None,
-                _meta(4, N, dtype=torch.float32), task_ids, plan, 128 if ids == "two" else 1, activation, save,
-            )  # fmt: skip
+            ia3_linear.launch_linear(_meta(M, K, dtype=dtype), weight, b, table, *_tasks(M, ids), activation, save)
+        return launches[0]
+
+    return record
+
+
+def _kv(M, k_n, v_n, K, dtype, ids, bias=True):
+    def record(capability):
+        weights = _meta(k_n, K, dtype=dtype), _meta(v_n, K, dtype=dtype)
+        biases = (_meta(k_n, dtype=dtype), _meta(v_n, dtype=dtype)) if bias else (None, None)
+        tables = _meta(4, k_n, dtype=torch.float32), _meta(4, v_n, dtype=torch.float32)
+        with recorded(ia3_kv_linear) as launches, _gpu(capability):
+            ia3_kv_linear.launch_kv(_meta(M, K, dtype=dtype), *weights, *biases, *tables, *_tasks(M, ids))
+        return launches[0]
+
+    return record
+
+
+def _glu_linear(M, N, K, dtype, ids, activation, bias=True, save=False):
+    def record(capability):
+        weights = _meta(N, K, dtype=dtype), _meta(N, K, dtype=dtype)
+        biases = (_meta(N, dtype=dtype), _meta(N, dtype=dtype)) if bias else (None, None)
+        table = _meta(4, N, dtype=torch.float32)
+        x = _meta(M, K, dtype=dtype)
+        with recorded(ia3_glu) as launches, _gpu(capability):
+            ia3_glu.launch_glu_linear(x, *weights, *biases, table, *_tasks(M, ids), activation, save)
+        return launches[0]
+
+    return record
+
+
+def _glu(M, N, dtype, activation, backward):
+    def record(capability):
+        g, table = _meta(M, N, dtype=dtype), _meta(4, N, dtype=torch.float32)
+        with recorded(ia3_glu, ia3_scale) as launches:
+            if backward:
+                ia3_glu.launch_glu_backward(g, g, g, table, _ids(8), activation, True, True)
+            else:
+                ia3_glu.launch_glu(g, g, table, _ids(8), activation)
         return launches[0]
 
     return record
@@ -276,6 +319,22 @@ def cases() -> list[Case]:
             matrix=True,
         )
     )
+    for activation in ("silu", "gelu", "gelu_tanh", "relu"):
+        for backward in (False, True):
+            name = f"ia3_glu{'_backward' * backward} bf16 {activation}"
+            found.append(Case(name, _glu(4096, 4096, bf16, activation, backward), wide=True))
+        for M, save in ((8192, False), (8192, True), (512, False), (16, False), (64, True)):
+            name = f"ia3_glu_linear bf16 {M}x14336x4096 two {activation}{' save' * save}"
+            found.append(Case(name, _glu_linear(M, 14336, 4096, bf16, "two", activation, save=save), matrix=True))
+    found.append(
+        Case("ia3_glu_linear bf16 8192x14336x4096 runs", _glu_linear(8192, 14336, 4096, bf16, "runs", "silu"), True)
+    )
+    found.append(Case("ia3_glu_linear bf16 4x1024x1021 odd", _glu_linear(4, 1024, 1021, bf16, "runs", "silu"), True))
+    for k_n, v_n in ((1024, 1024), (4096, 4096), (4096, 1024)):
+        for M in (1, 16, 64, 512, 8192):
+            for mode in ("two", "runs"):
+                name = f"ia3_kv_linear bf16 {M}x{k_n}+{v_n}x4096 {mode}"
+                found.append(Case(name, _kv(M, k_n, v_n, 4096, bf16, mode), matrix=M > 4, wide=M <= 4))
     return found
 
 
