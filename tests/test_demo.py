@@ -158,13 +158,15 @@ def test_mixed_batch_equals_single_task_runs_bitwise(trained):
 
 
 def test_texts_of_one_length_leave_a_pad(trained):
-    """Without a pad transformers drops the mask, and rows come out of another attention kernel."""
+    """Without a pad transformers drops the mask, and on a GPU rows come out of another attention kernel."""
     encoder, _, tokens, tasks, _ = trained
     texts = [" ".join(WORDS[i : i + 5]) for i in range(6)]
     tokens.add(texts)
     names = ["ptuning-first", None] * 3
-    request = serve.Request(names, names, texts, [], [])
-    assert serve.single_task_difference(encoder, tokens(texts, CPU), request) == [0.0] * 6
+    request, batch = serve.Request(names, names, texts, [], []), tokens(texts, CPU)
+    assert batch.attention_mask[:, :-1].all() and not batch.attention_mask[:, -1].any()
+    assert not batch[torch.arange(2)].attention_mask.all()
+    assert serve.single_task_difference(encoder, batch, request) == [0.0] * 6
 
 
 def test_rows_are_classified_by_their_own_head(trained):

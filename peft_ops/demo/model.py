@@ -57,8 +57,8 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> Texts:
         rows = [self.ids[text] for text in texts]
-        # one pad at least in every row: without any, transformers drops the mask and attention takes another kernel, so
-        # that a row's last bits would depend on how long the others are
+        # one pad at least in every row: without any, transformers drops the mask and a GPU takes another attention kernel,
+        # so that a row's last bits would depend on how long the others are
         length = max(map(len, rows)) + 1
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
