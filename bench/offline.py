@@ -162,7 +162,7 @@ def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=F
                 plan = (
                     None
                     if ids is None
-                    else [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+                    else [_meta(3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
                 )
                 rows_per_id = 128 if ids == "two" else 1
                 ia3_linear._launch_large(

@@ -28,7 +28,7 @@ def check_tensor(op: str, arg: str, t, *, dtypes: tuple, dim: int | None = None,
 
 
 def check_activation(op: str, activation) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
         wanted = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"{op}: activation must be one of {wanted}, got {activation!r}")
 
@@ -37,7 +37,7 @@ def check_table(op: str, arg: str, table, N: int, like: Tensor, has_ids: bool) -
     """An (IA)^3 vector or table as [num_tasks, N] with contiguous rows."""
     check_tensor(op, arg, table, dtypes=FLOATS if like.dtype == torch.float64 else FLOATS[:3], like=like)
     if table.dim() == 1:
-        table = table[None]
+        table = table.unsqueeze(0)
     if table.dim() != 2 or table.shape[1] != N:
         raise ValueError(f"{op}: {arg} must have shape [{N}] or [num_tasks, {N}], got {shape(table)}")
     if not has_ids and table.shape[0] != 1:

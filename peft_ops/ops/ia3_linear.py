@@ -151,6 +151,10 @@ def _setup_context(ctx, inputs, output):
     )
 
 
+def _as_matrix(t: Tensor) -> Tensor:
+    return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
+
+
 def _backward(ctx, dy, _):
     x, weight, ia3_l, task_ids, z = ctx.saved_tensors
     need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
@@ -168,9 +172,9 @@ def _backward(ctx, dy, _):
         if need_x:
             dx = dz @ weight
     if need_weight:
-        dweight = dz.flatten(0, -2).t() @ x.flatten(0, -2)
+        dweight = _as_matrix(dz).t() @ _as_matrix(x)
     if need_bias:
-        dbias = dz.flatten(0, -2).sum(0)
+        dbias = _as_matrix(dz).sum(0)
     return dx, dweight, dbias, dl, None, None, None, None, None, None
 
 
@@ -183,10 +187,16 @@ _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _bac
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return [x, *tensors]
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t):
+        wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if wanted else t  # what is no such tensor meets the checks as it came
+
+    return [cast(t) for t in (x, *tensors)]
 
 
 def ia3_linear(

@@ -232,7 +232,7 @@ INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 def _check_prompts(op: str, prompts, task_ids, prompt_lengths) -> tuple[Tensor, Tensor | None]:
     check_tensor(op, "prompts", prompts, dtypes=FLOATS)
     if prompts.dim() == 2:
-        prompts = prompts[None]
+        prompts = prompts.unsqueeze(0)
     if prompts.dim() != 3:
         raise ValueError(f"{op}: prompts must have shape [num_tasks, P, E] or [P, E], got {shape(prompts)}")
     num_tasks = prompts.shape[0]
