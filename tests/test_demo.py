@@ -190,6 +190,21 @@ def peft_servers(exported, tiny_bert, tasks, methods) -> dict[str, peft_side.Pef
     }
 
 
+def test_head_gradients_repeat_bitwise():
+    torch.use_deterministic_algorithms(False)  # which would make a gather's gradient serial, here and not in the demo
+    heads, names = model.Heads(), ["first", "second", "third"]
+    for name in names:
+        torch.nn.init.normal_(heads.add(name, 384, 6, CPU)[0])
+    batch = TaskBatch.of_rows([name for name in names for _ in range(16)])
+    features, want = torch.randn(48, 384), None
+    for _ in range(200):  # threads that add as they come give another sum once in 15 to 50 times
+        heads.zero_grad(set_to_none=True)
+        heads(features, batch).sin().sum().backward()
+        got = [p.grad for p in heads.parameters()]
+        want = want or got
+        assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_export_loads_in_peft_with_equal_hidden_states(trained, exported, tiny_bert):
     encoder, heads, tokens, tasks, _ = trained
