@@ -78,7 +78,7 @@ def check_task_ids(
             f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} "
             f"a multiple of B and x at least 3-D, got {shape(task_ids)}{hint}"
         )
-    ids = task_ids.reshape(-1)
+    ids = task_ids.reshape(-1).contiguous()
     return ids, None, rows // ids.shape[0] if prefix and all(lead[:d]) or beams else 1
 
 
@@ -91,7 +91,7 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return
     ids = ids.reshape(-1)
-    if has_native() and not ids.is_cuda:
+    if has_native() and not ids.is_cuda and end > low:
         at = native.first_bad_id(ids if low == -1 else ids - (low + 1), end - low - 1)
     else:
         bad = (ids < low) | (ids >= end)

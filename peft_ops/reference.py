@@ -309,7 +309,7 @@ def take_tokens(dout: Tensor, layout: Tensor, P: int) -> Tensor:
     S = dout.shape[1] - P
     _, front, before, length = layout.long().unsqueeze(2).unbind(1)
     s = torch.arange(S, device=dout.device)[None]
-    valid = torch.ones_like(s, dtype=torch.bool).expand(dout.shape[0], S)
+    valid = (layout[:, :1] != BAD).expand(-1, S)  # a bad sequence is NaN: its gradient must not reach what others share
     return _take(dout, front + s + torch.where(s < before, 0, length), valid)
 
 

@@ -96,6 +96,7 @@ def launch_linear(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and, if save, z = x W^T + b, both [M, N] in x's dtype."""
     M, N = x.shape[0], weight.shape[0]
+    bias, task_ids = (None if t is None else t.contiguous() for t in (bias, task_ids))
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if save else None
     if y.numel() == 0:
