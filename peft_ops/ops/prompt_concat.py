@@ -138,7 +138,7 @@ _backward_op = Operator("prompt_concat_backward", _prompt_concat_backward, _prom
 
 
 def _embedding_backward(dtokens: Tensor, tokens: Tensor, V: int) -> Tensor:
-    """Sum of dtokens per token, in a fixed order. aten does not check ids on a GPU: a bad one becomes its padding_idx."""
+    """Sum of dtokens per token, in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx."""
     tokens = torch.where((tokens >= 0) & (tokens < V), tokens, -1).long()
     return torch.ops.aten.embedding_dense_backward(dtokens, tokens, V, -1, False)
 
