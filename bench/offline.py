@@ -160,9 +160,7 @@ def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=F
         with recorded(ia3_linear) as launches:
             if M > tiles.SMALL_M and ia3_linear._tma_takes(x, weight.t() if transposed else weight, y):
                 plan = (
-                    None
-                    if ids is None
-                    else [_meta(3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+                    None if ids is None else [_meta(3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
                 )
                 rows_per_id = 128 if ids == "two" else 1
                 ia3_linear._launch_large(
