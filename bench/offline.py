@@ -168,7 +168,7 @@ def _tasks(M, ids):
     """What a launcher takes for tasks: ids, plan, rows per id. ids: None, "two" (long sequences), "runs" (per token)."""
     if ids is None:
         return None, None, 1
-    plan = [_meta(1, 3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
+    plan = [_meta(3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]
     return _ids(M, torch.int32), plan, 128 if ids == "two" else 1
 
 

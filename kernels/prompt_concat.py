@@ -25,8 +25,8 @@ def prompt_layout_kernel(
         task = tl.full((), 0, tl.int32)
     length = tl.where(task >= 0, P, 0)
     if HAS_LENGTHS:
-        wanted = tl.load(lengths_ptr + tl.maximum(task, 0), mask=task >= 0, other=0).to(tl.int32)
-        length = tl.minimum(tl.maximum(wanted, 0), P)
+        wanted = tl.load(lengths_ptr + tl.maximum(task, 0), mask=task >= 0, other=0)
+        length = tl.minimum(tl.maximum(wanted, 0), P).to(tl.int32)  # clamped as it came: an int64 may wrap
     front = P - length if LEFT else 0
     before = 0
     if HAS_MASK:
@@ -52,7 +52,7 @@ def prompt_layout_kernel(
         is_token = (source >= 0) & (source < S) & (slot >= 0) & (is_prompt == 0) & live
         if HAS_MASK:
             value = tl.load(mask_ptr + b * S + source, mask=is_token, other=0)
-            if mask_ptr.dtype.element_ty.is_floating():
+            if mask_ptr.dtype.element_ty.is_floating() and mask_ptr.dtype.element_ty.primitive_bitwidth == 16:
                 value = value.to(tl.float32)
         else:
             value = is_token.to(tl.int64)

@@ -26,9 +26,14 @@ class set_backend:
         global _backend
         if backend not in BACKENDS:
             raise ValueError(f"set_backend: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self.previous, _backend = _backend, backend
+        self.backend, self.before = backend, _backend
+        _backend = backend
 
     def __enter__(self):
+        global _backend
+        # entered right after it was made, the block ends with what was before; entered later, with what is now
+        self.previous = self.before if self.before is not None and _backend == self.backend else _backend
+        self.before, _backend = None, self.backend
         return self
 
     def __exit__(self, *exc):
@@ -66,4 +71,7 @@ def use_triton(op: str, x: Tensor) -> bool:
     return x.is_cuda and _backend in ("auto", "triton")
 
 
-set_backend(os.environ.get("PEFT_OPS_BACKEND", "auto"))
+_wanted = os.environ.get("PEFT_OPS_BACKEND") or "auto"
+if _wanted not in BACKENDS:
+    raise ValueError(f"PEFT_OPS_BACKEND: backend must be one of {', '.join(BACKENDS)}, got {_wanted!r}")
+set_backend(_wanted)

@@ -28,7 +28,7 @@ def check_tensor(op: str, arg: str, t, *, dtypes: tuple, dim: int | None = None,
 
 
 def check_activation(op: str, activation) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, (str, type(None))) or activation not in ACTIVATIONS:
         wanted = ", ".join(repr(a) for a in ACTIVATIONS)
         raise ValueError(f"{op}: activation must be one of {wanted}, got {activation!r}")
 
@@ -37,7 +37,7 @@ def check_table(op: str, arg: str, table, N: int, like: Tensor, has_ids: bool) -
     """An (IA)^3 vector or table as [num_tasks, N] with contiguous rows."""
     check_tensor(op, arg, table, dtypes=FLOATS if like.dtype == torch.float64 else FLOATS[:3], like=like)
     if table.dim() == 1:
-        table = table[None]
+        table = table.unsqueeze(0)
     if table.dim() != 2 or table.shape[1] != N:
         raise ValueError(f"{op}: {arg} must have shape [{N}] or [num_tasks, {N}], got {shape(table)}")
     if not has_ids and table.shape[0] != 1:
@@ -78,7 +78,7 @@ def check_task_ids(
             f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} "
             f"a multiple of B and x at least 3-D, got {shape(task_ids)}{hint}"
         )
-    ids = task_ids.reshape(-1)
+    ids = task_ids.reshape(-1).contiguous()
     return ids, None, rows // ids.shape[0] if prefix and all(lead[:d]) or beams else 1
 
 
@@ -91,7 +91,7 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return
     ids = ids.reshape(-1)
-    if has_native() and not ids.is_cuda:
+    if has_native() and not ids.is_cuda and end > low:
         at = native.first_bad_id(ids if low == -1 else ids - (low + 1), end - low - 1)
     else:
         bad = (ids < low) | (ids >= end)

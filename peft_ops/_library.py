@@ -142,7 +142,19 @@ class Operator:
             refuse_double_backward(name)
             return backward(ctx, *grads)
 
-        torch.library.register_autograd(f"peft_ops::{name}", checked_backward, setup_context=setup_context, lib=_lib)
+        def registered_setup_context(ctx, inputs, output):
+            ctx.list_sizes = {i: len(value) for i, value in enumerate(inputs) if isinstance(value, (list, tuple))}
+            setup_context(ctx, inputs, output)
+
+        def registered_backward(ctx, *grads):
+            grads = list(checked_backward(ctx, *grads))
+            for i, size in ctx.list_sizes.items():  # a list of tensors wants a list of gradients
+                grads[i] = [None] * size
+            return tuple(grads)
+
+        torch.library.register_autograd(
+            f"peft_ops::{name}", registered_backward, setup_context=registered_setup_context, lib=_lib
+        )
 
         class Function(torch.autograd.Function):  # 7 us cheaper per call than the registered gradient
             @staticmethod

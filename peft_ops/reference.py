@@ -28,7 +28,7 @@ class TaskPlan(NamedTuple):
 
     Attributes:
         task_ids: int32 [rows], the id of every row: `0 <= id < num_tasks`, -1 for the base model, -2 if out of range.
-        tiles: int32 [ceil(rows / 128), 3], per tile the ids of its first two runs, and where the second starts.
+        tiles: int32 [ceil(rows / 128) * 3], per tile the ids of its first two runs, and where the second starts.
         run_index: int32 [rows], the slot in `run_end` of the run that the row belongs to. A run never crosses a tile.
         run_end: int32 [ceil(rows / 128) * 128], the row after the last one of each run; unused slots hold 0.
         num_tasks: tasks that the ids choose from.
@@ -70,8 +70,8 @@ def check_ids(task_ids: Tensor, num_tasks: int) -> Tensor:
 def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tensor | None = None) -> TaskPlan:
     task_ids = task_ids.reshape(-1)
     if cu_seqlens is None:
-        rows_per_id = rows // max(task_ids.numel(), 1)
-        ids = check_ids(task_ids, num_tasks)[:, None].expand(-1, rows_per_id).reshape(-1)
+        rows_per_id = rows // task_ids.numel() if task_ids.numel() else 1
+        ids = check_ids(task_ids, num_tasks)[:, None].expand(-1, rows_per_id).reshape(-1).contiguous()
     else:
         rows_per_id = 1
         row = torch.arange(rows, device=task_ids.device, dtype=cu_seqlens.dtype)
@@ -102,7 +102,7 @@ def _runs(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     same_tile = second < tile + PLAN_TILE
     first_id = ids[tile]
     second_id = torch.where(same_tile, ids[second], first_id) if rows else first_id
-    tiles = torch.stack([first_id, second_id, split.to(torch.int32)], 1)
+    tiles = torch.stack([first_id, second_id, split.to(torch.int32)], 1).view(-1)
     return tiles, run_index.to(torch.int32), run_end
 
 
@@ -171,7 +171,7 @@ def act_scale_backward(
 
 def _table_and_ids(ia3_l: Tensor, task_ids) -> tuple[Tensor, Tensor | None]:
     ids = task_ids.task_ids if isinstance(task_ids, TaskPlan) else task_ids
-    return (ia3_l[None] if ia3_l.dim() == 1 else ia3_l), None if ids is None else ids.reshape(-1)
+    return (ia3_l.unsqueeze(0) if ia3_l.dim() == 1 else ia3_l), None if ids is None else ids.reshape(-1)
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = None) -> Tensor:
@@ -370,7 +370,7 @@ def take_tokens(dout: Tensor, layout: Tensor, P: int) -> Tensor:
     S = dout.shape[1] - P
     _, front, before, length = layout.long().unsqueeze(2).unbind(1)
     s = torch.arange(S, device=dout.device)[None]
-    valid = torch.ones_like(s, dtype=torch.bool).expand(dout.shape[0], S)
+    valid = (layout[:, :1] != BAD).expand(-1, S)  # a bad sequence is NaN: its gradient must not reach what others share
     return _take(dout, front + s + torch.where(s < before, 0, length), valid)
 
 

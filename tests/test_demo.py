@@ -158,13 +158,15 @@ def test_mixed_batch_equals_single_task_runs_bitwise(trained):
 
 
 def test_texts_of_one_length_leave_a_pad(trained):
-    """Without a pad transformers drops the mask, and rows come out of another attention kernel."""
+    """Without a pad transformers drops the mask, and on a GPU rows come out of another attention kernel."""
     encoder, _, tokens, tasks, _ = trained
     texts = [" ".join(WORDS[i : i + 5]) for i in range(6)]
     tokens.add(texts)
     names = ["ptuning-first", None] * 3
-    request = serve.Request(names, names, texts, [], [])
-    assert serve.single_task_difference(encoder, tokens(texts, CPU), request) == [0.0] * 6
+    request, batch = serve.Request(names, names, texts, [], []), tokens(texts, CPU)
+    assert batch.attention_mask[:, :-1].all() and not batch.attention_mask[:, -1].any()
+    assert not batch[torch.arange(2)].attention_mask.all()
+    assert serve.single_task_difference(encoder, batch, request) == [0.0] * 6
 
 
 def test_rows_are_classified_by_their_own_head(trained):
@@ -186,6 +188,21 @@ def peft_servers(exported, tiny_bert, tasks, methods) -> dict[str, peft_side.Pef
         )
         for method in methods
     }
+
+
+def test_head_gradients_repeat_bitwise():
+    torch.use_deterministic_algorithms(False)  # which would make a gather's gradient serial, here and not in the demo
+    heads, names = model.Heads(), ["first", "second", "third"]
+    for name in names:
+        torch.nn.init.normal_(heads.add(name, 384, 6, CPU)[0])
+    batch = TaskBatch.of_rows([name for name in names for _ in range(16)])
+    features, want = torch.randn(48, 384), None
+    for _ in range(200):  # threads that add as they come give another sum once in 15 to 50 times
+        heads.zero_grad(set_to_none=True)
+        heads(features, batch).sin().sum().backward()
+        got = [p.grad for p in heads.parameters()]
+        want = want or got
+        assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

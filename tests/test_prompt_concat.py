@@ -369,17 +369,17 @@ def test_gradients(sizes, prompts_dtype, dtype):
     (B, S, P, E), side = sizes, SIDES[sizes[1] == 7]
     ids_dtype = torch.int32 if dtype == torch.float16 else torch.int64
     ids, embedding, prompts = make(B, S, P, E, dtype, prompts_dtype=prompts_dtype, ids_dtype=ids_dtype)
-    mask = (torch.rand(B, S, device=DEVICE) < 0.7).long()
+    mask, task_ids = (masks(S) if S > 1 else tensor([[1], [0], [1], [0], [0], [1]])), tensor([0, 0, 2, 1, -1, 2])
     kwargs = dict(prompt_lengths=tensor([P, 0, P // 2]), attention_mask=mask, padding_side=side)
     dout = torch.randn(B, P + S, E, device=DEVICE).to(dtype)
-    by_loop = gradients_by_loop(dout, (B, S), embedding, prompts, tensor(IDS), ids, **kwargs)
+    by_loop = gradients_by_loop(dout, (B, S), embedding, prompts, task_ids, ids, **kwargs)
     dprompts_loop, dtable_64, dtokens_loop = by_loop
 
     def grads(f, table, prompts, embeds=None):
         source = (table if embeds is None else embeds).detach().clone().requires_grad_()
         p = prompts.detach().clone().requires_grad_()
         tokens = (ids, source) if embeds is None else (None, None)
-        out = f(*tokens, p, tensor(IDS), inputs_embeds=None if embeds is None else source, **kwargs).inputs_embeds
+        out = f(*tokens, p, task_ids, inputs_embeds=None if embeds is None else source, **kwargs).inputs_embeds
         return torch.autograd.grad(out, (source, p), dout.to(out.dtype))
 
     dtable, dprompts = grads(prompt_concat, embedding, prompts)
@@ -406,8 +406,9 @@ def test_gradient_of_many_sequences_of_one_task():
 
     want = grad(reference.prompt_concat, torch.float64)
     assert_as_good_as_torch(grad(prompt_concat, torch.float32), grad(reference.prompt_concat, torch.float32), want)
-    loop, _, _ = gradients_by_loop(dout.double(), (B, 1), embedding, prompts, task_ids)
-    assert torch.allclose(loop.double(), want, atol=1e-3)
+    ids, task_ids, dout = ids[:60], task_ids[:60], dout[:60]  # few enough for one chunk: summed in the batch's order
+    loop, _, _ = gradients_by_loop(dout, (60, 1), embedding, prompts, task_ids)
+    assert torch.equal(grad(prompt_concat, torch.float32), loop)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -593,12 +594,16 @@ def test_batch_size_and_order_do_not_matter(dtype):
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole, strict=True))
 
 
-def test_nan_reaches_only_the_rows_that_use_it(dtype):
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_nan_reaches_only_the_rows_that_use_it(backend, dtype):
     ids, embedding, prompts = make(6, 7, dtype=dtype)
     ids[ids == 3] = 4
     ids[2, 5] = 3
     prompts[2], embedding[3] = NAN, NAN
-    got = check(ids, embedding, prompts, tensor(IDS), prompt_lengths=tensor([4, 4, 3]), attention_mask=masks(7))
+    kwargs = dict(prompt_lengths=tensor([4, 4, 3]), attention_mask=masks(7))
+    with peft_ops.set_backend(backend):
+        got = check(ids, embedding, prompts, tensor(IDS), **kwargs)
+        check(None, None, prompts, tensor(IDS), inputs_embeds=embedding[ids], **kwargs)
     nan = got.inputs_embeds.isnan().any(-1)
     assert nan.sum(1).tolist() == [0, 3, 1, 0, 3, 0] and nan[2, got.token_map[2] == 5].all()
 
@@ -633,7 +638,7 @@ pairs = pytest.mark.parametrize(
 @pytest.mark.parametrize("bad", [3, 4, -2, 2**31 - 1, -(2**31)])
 def test_bad_task_id(bad, ids_dtype, dtype):
     ids, embedding, prompts = make(6, 7, dtype=dtype)
-    table, buffer = guarded(3, 4, 8, dtype=dtype)
+    table, buffer = guarded(3, 4, 8, dtype=dtype, fill=7)  # a read outside would look like a number
     table.copy_(prompts)
     task_ids = tensor([0, bad, -1, 2, 1, 1], ids_dtype)
     kwargs = dict(prompt_lengths=tensor(LENGTHS), attention_mask=masks(7), labels=ids)
@@ -646,14 +651,14 @@ def test_bad_task_id(bad, ids_dtype, dtype):
         assert got.inputs_embeds[1].isnan().all() and got.inputs_embeds[[0, 2, 3, 4, 5]].isfinite().all()
     got = check(None, None, table, task_ids, inputs_embeds=embedding[ids])
     assert got.inputs_embeds[1].isnan().all() and got.inputs_embeds[[0, 2, 3, 4, 5]].isfinite().all()
-    assert_guards(buffer)
+    assert (buffer[:256] == 7).all() and (buffer[-256:] == 7).all()
 
 
 @pairs
 @pytest.mark.parametrize("bad", [V, V + 1, -1, -2, 2**31 - 1, -(2**31)])
 def test_bad_token(bad, ids_dtype, dtype):
     ids, embedding, prompts = make(6, 7, dtype=dtype, ids_dtype=ids_dtype)
-    table, buffer = guarded(V, 8, dtype=dtype)
+    table, buffer = guarded(V, 8, dtype=dtype, fill=7)
     table.copy_(embedding)
     ids[1, 2] = bad
     if not KERNELS:
@@ -663,7 +668,7 @@ def test_bad_token(bad, ids_dtype, dtype):
     got = check(ids, table, prompts, tensor(IDS), prompt_lengths=tensor(LENGTHS), labels=ids)
     nan = got.inputs_embeds.isnan()
     assert nan.any(-1).sum() == 1 and nan[1][got.token_map[1] == 2].all()
-    assert_guards(buffer)
+    assert (buffer[:256] == 7).all() and (buffer[-256:] == 7).all()
 
 
 @pytest.mark.parametrize("bad", [5, -1, 2**31 - 1, -(2**31), 2**31, 2**32, 2**32 + 1, -(2**63)])

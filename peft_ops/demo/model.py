@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_ops import ia3_scale
 from peft_ops.demo.data import DemoError
 from peft_ops.nn import IA3Linear, PromptEmbedding, PromptEncoder, TaskBatch, tasks
 
@@ -57,8 +58,8 @@ class Tokens:
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> Texts:
         rows = [self.ids[text] for text in texts]
-        # one pad at least in every row: without any, transformers drops the mask and attention takes another kernel, so
-        # that a row's last bits would depend on how long the others are
+        # one pad at least in every row: without any, transformers drops the mask and a GPU takes another attention
+        # kernel, so that a row's last bits would depend on how long the others are
         length = max(map(len, rows)) + 1
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
@@ -166,7 +167,11 @@ class Heads(nn.Module):
         width = max(head.out_features for head in heads)
         weight = torch.stack([F.pad(head.weight, (0, 0, 0, width - head.out_features)) for head in heads])
         bias = torch.stack([F.pad(head.bias, (0, width - head.out_features), value=-torch.inf) for head in heads])
-        return (weight[batch.ids] @ features[..., None])[..., 0] / TEMPERATURE + bias[batch.ids]
+        # (IA)^3's own operator is a gather whose gradient is summed in a fixed order: that of weight[ids] is summed by
+        # threads as they come, and no two runs would end the same
+        scaled = ia3_scale((features / TEMPERATURE).repeat(1, width), weight.flatten(1), batch.ids)
+        logits = scaled.unflatten(1, (width, -1)).sum(-1)
+        return logits + ia3_scale(torch.ones_like(logits), bias, batch.ids)
 
 
 def default_model() -> str:

@@ -179,9 +179,9 @@ def draw_cost(axes, timings: list[Timing], place: str) -> None:
     axes.axvspan(low, high, color="#d0d0d0", alpha=0.7, zorder=0, linewidth=0, label="noise: bare model against itself")
     axes.axvline(1, color="black", linestyle="dashed", linewidth=1)
     axes.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8.5)
-    axes.invert_yaxis()
-    axes.set_xlim(0, widest * 1.5)
-    axes.set_xlabel(f"time of a forward pass / bare model ({place}; bars: median, lines: middle half)", fontsize=9)
+    axes.set_ylim(len(names) - 0.4, -1.0)  # first on top, below the legend
+    axes.set_xlim(0, widest * 1.5)  # room for the numbers
+    axes.set_xlabel(f"forward time / bare model's, {place}\n(bars: medians, lines: middle half)", fontsize=9)
     axes.set_title("What serving all tasks in one batch costs", fontsize=11)
     axes.legend(fontsize=8, frameon=False, loc="upper right")
 

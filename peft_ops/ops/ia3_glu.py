@@ -17,6 +17,7 @@ from peft_ops._checks import (
 )
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops.ia3_linear import (
+    as_matrix,
     aligned,
     autocast,
     capability_of,
@@ -34,6 +35,7 @@ kernels, dual, tiles = LazyKernels("ia3_glu"), LazyKernels("dual"), LazyKernels(
 
 def launch_glu(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
     M, N = gate.shape
+    task_ids = None if task_ids is None else task_ids.contiguous()
     h = torch.empty((M, N), dtype=gate.dtype, device=gate.device)
     if h.numel() == 0:
         return h
@@ -74,6 +76,7 @@ def launch_glu_backward(dh, gate, up, ia3_l, task_ids, activation, need_dx: bool
 def launch_glu_linear(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save):
     """h, and g and u if save, all [M, N] in x's dtype, in one launch."""
     (M, K), N = x.shape, gate_weight.shape[0]
+    gate_bias, up_bias, task_ids = (None if t is None else t.contiguous() for t in (gate_bias, up_bias, task_ids))
     h = torch.empty((M, N), dtype=x.dtype, device=x.device)
     g, u = (torch.empty_like(h), torch.empty_like(h)) if save else (None, None)
     if h.numel() == 0:
@@ -221,10 +224,10 @@ def _glu_linear_backward(ctx, dh, *_):
     (dg, du), dl = glu_backward(dh, g, u, ia3_l, task_ids, ctx.activation, need_dx, need_l)
     dx = None
     if need_x:  # both products into one dx: no third tensor of its size, no addition of its own
-        dx = torch.addmm(dg.flatten(0, -2) @ gate_weight, du.flatten(0, -2), up_weight).view(*dh.shape[:-1], -1)
-    rows = None if x is None else x.flatten(0, -2)
-    dgw, duw = (d.flatten(0, -2).t() @ rows if need else None for d, need in ((dg, need_gw), (du, need_uw)))
-    dgb, dub = (d.flatten(0, -2).sum(0) if need else None for d, need in ((dg, need_gb), (du, need_ub)))
+        dx = torch.addmm(as_matrix(dg) @ gate_weight, as_matrix(du), up_weight).view(*dh.shape[:-1], up_weight.shape[1])
+    rows = None if x is None else as_matrix(x)
+    dgw, duw = (as_matrix(d).t() @ rows if need else None for d, need in ((dg, need_gw), (du, need_uw)))
+    dgb, dub = (as_matrix(d).sum(0) if need else None for d, need in ((dg, need_gb), (du, need_ub)))
     return dx, dgw, duw, dgb, dub, dl, None, None, None, None, None
 
 

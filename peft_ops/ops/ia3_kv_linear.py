@@ -9,8 +9,16 @@ from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops import ia3_linear as single
-from peft_ops.ops.ia3_linear import aligned, autocast, capability_of, launch_linear, launch_with_scratch, linear_backward
-from peft_ops.ops.ia3_linear import plan_arguments, split_workspace
+from peft_ops.ops.ia3_linear import (
+    aligned,
+    autocast,
+    capability_of,
+    launch_linear,
+    launch_with_scratch,
+    linear_backward,
+    plan_arguments,
+    split_workspace,
+)
 from peft_ops.ops.ia3_scale import as_rows, scale_forward
 from peft_ops.reference import TaskPlan
 
@@ -27,6 +35,7 @@ def _both_biases(k_bias: Tensor | None, v_bias: Tensor | None, k: Tensor, v: Ten
 def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id) -> tuple[Tensor, Tensor]:
     """k [M, K_N] and v [M, V_N] in x's dtype, in one launch; x aligned, both weights contiguous."""
     (M, K), k_n, v_n = x.shape, k_weight.shape[0], v_weight.shape[0]
+    k_bias, v_bias, task_ids = (None if t is None else t.contiguous() for t in (k_bias, v_bias, task_ids))
     k, v = (torch.empty((M, n), dtype=x.dtype, device=x.device) for n in (k_n, v_n))
     capability, num_sms = capability_of(x)
     tables, tasks = (k_l, v_l), k_l.shape[0]
@@ -93,17 +102,17 @@ def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, pl
     if not single.is_fused(op, rows, k_weight, v_weight) or rows.shape[0] == 0:
         zs = [F.linear(x, weight, bias) for weight, bias, _ in sides]
         k, v = (scale_forward(op, z, table, task_ids) for z, (_, _, table) in zip(zs, sides, strict=True))
-        return k, v, *((z.contiguous() for z in zs) if save else (nothing, nothing))
+        return k, v, *((z.contiguous() for z in zs) if save else (nothing, x.new_empty(0)))
     check_ids_in_range(op, task_ids, k_l.shape[0])
     one_launch = not save and aligned(rows, k_weight, v_weight) and all(w.shape[0] % 16 == 0 for w in (k_weight, v_weight))
     if one_launch and k_weight.is_contiguous() and v_weight.is_contiguous():
         k, v = launch_kv(rows, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id)
-        return k.view(*lead, -1), v.view(*lead, -1), nothing, nothing
+        return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), nothing, x.new_empty(0)
     (k, zk), (v, zv) = (
         launch_linear(rows, weight, bias, table, task_ids, plan, rows_per_id, None, save) for weight, bias, table in sides
     )
-    saved = (zk.view(*lead, -1), zv.view(*lead, -1)) if save else (nothing, nothing)
-    return k.view(*lead, -1), v.view(*lead, -1), *saved
+    saved = (zk.view(*lead, zk.shape[1]), zv.view(*lead, zv.shape[1])) if save else (nothing, x.new_empty(0))
+    return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), *saved
 
 
 def _fake(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id, save):

@@ -142,6 +142,7 @@ def launch_linear(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and, if save, z = x W^T + b, both [M, N] in x's dtype."""
     (M, K), N = x.shape, weight.shape[0]
+    bias, task_ids = (None if t is None else t.contiguous() for t in (bias, task_ids))
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if save else None
     if y.numel() == 0:
@@ -210,14 +211,18 @@ def _setup_context(ctx, inputs, output):
     )
 
 
+def as_matrix(t: Tensor) -> Tensor:
+    return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
+
+
 def linear_backward(dy, x, weight, ia3_l, task_ids, z, activation, needs: tuple[bool, bool, bool, bool]):
     """Gradients of act(z) * ia3_l[t], z = x W^T + b, for x, W, b and ia3_l; None where not needed."""
     need_x, need_weight, need_bias, need_l = needs
     need_dz = need_x or need_weight or need_bias
     dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, activation, need_dz, need_l)
     dx = dz @ weight if need_x else None
-    dweight = dz.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
-    return dx, dweight, dz.flatten(0, -2).sum(0) if need_bias else None, dl
+    dweight = as_matrix(dz).t() @ as_matrix(x) if need_weight else None
+    return dx, dweight, as_matrix(dz).sum(0) if need_bias else None, dl
 
 
 def _backward(ctx, dy, _):
@@ -246,10 +251,16 @@ _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _bac
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return [x, *tensors]
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors)]
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t):
+        wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if wanted else t  # what is no such tensor meets the checks as it came
+
+    return [cast(t) for t in (x, *tensors)]
 
 
 def check_layer(op: str, x: Tensor, weight, bias, weight_arg: str = "weight", bias_arg: str = "bias") -> None:

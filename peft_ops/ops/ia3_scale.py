@@ -20,6 +20,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def launch_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
     M, N = x.shape
+    task_ids = None if task_ids is None else task_ids.contiguous()
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y

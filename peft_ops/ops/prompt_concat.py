@@ -16,6 +16,10 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
     """The five tensors of a PromptBatch (labels empty if there are none) and the layout, int32 [B, 4]. Two launches."""
     (num_tasks, P, E), (B, S) = prompts.shape, tokens.shape[:2]
     device = tokens.device
+    tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels = (
+        None if t is None else t.contiguous()
+        for t in (tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels)
+    )
     size = B, P + S
     out = torch.empty((*size, E), dtype=(tokens if embedding is None else embedding).dtype, device=device)
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
@@ -25,7 +29,7 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
         0 if labels is None else size, dtype=torch.int64 if labels is None else labels.dtype, device=device
     )
     layout = torch.empty((B, 4), dtype=torch.int32, device=device)
-    if B == 0 or P + S == 0:
+    if B == 0:
         return out, mask, positions, out_labels, token_map, layout
 
     def bytes_of(t):  # Triton has no pointer to bool
@@ -38,9 +42,9 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
             S, P, num_tasks,
             HAS_IDS=task_ids is not None, HAS_LENGTHS=prompt_lengths is not None and num_tasks > 0,
             HAS_MASK=attention_mask is not None, HAS_LABELS=labels is not None, LEFT=left,
-            BLOCK=min(tiles.next_power_of_2(P + S), 1024), num_warps=4,
+            BLOCK=min(tiles.next_power_of_2(max(P + S, 1)), 1024), num_warps=4,
         )  # fmt: skip
-        if E:
+        if E and P + S:
             tile = tiles.prompt_concat(E)
             grid = B * tiles.cdiv(P + S, tile["BLOCK_ROWS"]), tiles.cdiv(E, tile["BLOCK_E"])
             kernels.prompt_concat_kernel[grid](
@@ -53,6 +57,7 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
 
 def launch_concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int) -> Tensor:
     B, length, E = dout.shape
+    dout, layout = dout.contiguous(), layout.contiguous()
     dprompts = torch.zeros((num_tasks, P, E), dtype=torch.float32, device=dout.device)
     if dprompts.numel() == 0 or B == 0:
         return dprompts
@@ -132,6 +137,12 @@ def _prompt_concat_backward_fake(dout, layout, num_tasks, P):
 _backward_op = Operator("prompt_concat_backward", _prompt_concat_backward, _prompt_concat_backward_fake)
 
 
+def _embedding_backward(dtokens: Tensor, tokens: Tensor, V: int) -> Tensor:
+    """Sum of dtokens per token, in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx."""
+    tokens = torch.where((tokens >= 0) & (tokens < V), tokens, -1).long()
+    return torch.ops.aten.embedding_dense_backward(dtokens, tokens, V, -1, False)
+
+
 def _setup_context(ctx, inputs, output):
     tokens, embedding, prompts = inputs[:3]
     layout = output[5]
@@ -151,7 +162,7 @@ def _backward(ctx, dout, *_):
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         dtokens = reference.take_tokens(dout, layout, P)
     if ctx.needs_input_grad[1]:
-        dembedding = torch.ops.aten.embedding_dense_backward(dtokens, tokens.long(), ctx.vocabulary, -1, False)
+        dembedding = _embedding_backward(dtokens, tokens, ctx.vocabulary)
         dtokens = None
     return dtokens, dembedding, dprompts, None, None, None, None, None
 
@@ -232,7 +243,7 @@ INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 def _check_prompts(op: str, prompts, task_ids, prompt_lengths) -> tuple[Tensor, Tensor | None]:
     check_tensor(op, "prompts", prompts, dtypes=FLOATS)
     if prompts.dim() == 2:
-        prompts = prompts[None]
+        prompts = prompts.unsqueeze(0)
     if prompts.dim() != 3:
         raise ValueError(f"{op}: prompts must have shape [num_tasks, P, E] or [P, E], got {shape(prompts)}")
     num_tasks = prompts.shape[0]

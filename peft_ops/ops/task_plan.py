@@ -21,7 +21,7 @@ def launch_plan(
     def new(*size):
         return torch.empty(size, dtype=torch.int32, device=task_ids.device)
 
-    plan = new(rows), new(num_tiles, 3), new(rows), new(num_tiles * tiles.PLAN_TILE)
+    plan = new(rows), new(num_tiles * 3), new(rows), new(num_tiles * tiles.PLAN_TILE)
     if rows == 0:
         return plan
     ids, tile, run_index, run_end = plan
@@ -47,7 +47,7 @@ def _plan_tasks_fake(task_ids, cu_seqlens, rows, num_tasks):
     def new(*size):
         return task_ids.new_empty(size, dtype=torch.int32)
 
-    return new(rows), new(num_tiles, 3), new(rows), new(num_tiles * 128)
+    return new(rows), new(num_tiles * 3), new(rows), new(num_tiles * 128)
 
 
 _plan_tasks_op = Operator("plan_tasks", _plan_tasks, _plan_tasks_fake)
