@@ -120,8 +120,10 @@ def dual_linear(M: int, N: int, K: int, capability: int, gated: bool, erf: bool)
     if shared < 150_000:
         return dict(SPECIALIZE=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
     if shared < 200_000:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)
-    if erf or (gated and capability >= 100) or 2 * cdiv(bucket(M), 128) * cdiv(N, 128) < MULTIPROCESSORS[capability]:
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+    if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there
+        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3)
+    if erf or 2 * cdiv(bucket(M), 128) * cdiv(N, 128) < MULTIPROCESSORS[capability]:
         return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
     return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
 
@@ -133,7 +135,8 @@ def glu_linear_small(M: int, N: int, K: int, capability: int, aligned: bool) -> 
     if not aligned:
         return dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)
     if M > 16:
-        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64 if small else 128, num_warps=4, num_stages=2 if small else 3)
+        block_k = 64 if small or capability >= 100 else 128
+        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=3 if block_k == 128 else 4)
     else:
         tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
     blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])

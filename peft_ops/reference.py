@@ -217,7 +217,13 @@ def act_glu(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, ac
 
 
 def act_glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    ia3_l: Tensor,
+    task_ids: Tensor | None,
+    activation: str | None,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dgate and dup in their dtype and dl [num_tasks, N] in fp32, in a fixed order; what is not needed is empty."""
     need_dx, need_dl = needs

@@ -73,7 +73,9 @@ def launch_glu_backward(dh, gate, up, ia3_l, task_ids, activation, need_dx: bool
     return dgate, dup, dl
 
 
-def launch_glu_linear(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save):
+def launch_glu_linear(
+    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
+):
     """h, and g and u if save, all [M, N] in x's dtype, in one launch."""
     (M, K), N = x.shape, gate_weight.shape[0]
     gate_bias, up_bias, task_ids = (None if t is None else t.contiguous() for t in (gate_bias, up_bias, task_ids))
@@ -103,17 +105,40 @@ def launch_glu_linear(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task
         grid = (min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"])),)
         launch_with_scratch(
             lambda: dual.dual_linear_kernel[grid](
-                x, *weights, *biases, ia3_l, None, *plan, h, None, g, u,
-                M, N, K, ia3_l.shape[0],
-                x.stride(0), ia3_l.stride(0), 0,
-                GATED=True, HAS_A_BIAS=has_bias[0], HAS_B_BIAS=has_bias[1], ACTIVATION=activation, SAVE=save,
-                TASKS=mode, NUM_SMS=num_sms, TILE=tiles.PLAN_TILE, **tile,
+                x,
+                *weights,
+                *biases,
+                ia3_l,
+                None,
+                *plan,
+                h,
+                None,
+                g,
+                u,
+                M,
+                N,
+                K,
+                ia3_l.shape[0],
+                x.stride(0),
+                ia3_l.stride(0),
+                0,
+                GATED=True,
+                HAS_A_BIAS=has_bias[0],
+                HAS_B_BIAS=has_bias[1],
+                ACTIVATION=activation,
+                SAVE=save,
+                TASKS=mode,
+                NUM_SMS=num_sms,
+                TILE=tiles.PLAN_TILE,
+                **tile,
             )  # fmt: skip
         )
     return h, g, u
 
 
-def glu_forward(op: str, gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
+def glu_forward(
+    op: str, gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None
+) -> Tensor:
     """act(gate) * up * ia3_l[t], contiguous: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_triton(op, gate):
@@ -175,7 +200,9 @@ _glu_op = Operator(
 )
 
 
-def _ia3_glu_linear(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save):
+def _ia3_glu_linear(
+    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
+):
     op = "ia3_glu_linear"
     lead, rows = (*x.shape[:-1], gate_weight.shape[0]), as_rows(x)
     if is_fused(op, rows, gate_weight, up_weight):
@@ -192,7 +219,9 @@ def _ia3_glu_linear(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_i
     return h.view(lead), g.contiguous().view(lead), u.contiguous().view(lead)
 
 
-def _ia3_glu_linear_fake(x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save):
+def _ia3_glu_linear_fake(
+    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
+):
     lead = (*x.shape[:-1], gate_weight.shape[0])
 
     def new(size):

@@ -25,7 +25,9 @@ from peft_ops.reference import TaskPlan
 kernels, dual, tiles = LazyKernels("ia3_kv_linear"), LazyKernels("dual"), LazyKernels("tiles")
 
 
-def _both_biases(k_bias: Tensor | None, v_bias: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _both_biases(
+    k_bias: Tensor | None, v_bias: Tensor | None, k: Tensor, v: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """A kernel that branches on the pointers wants both or none; one alone is rare, zeros stand in for the other."""
     if (k_bias is None) == (v_bias is None):
         return k_bias, v_bias
@@ -70,11 +72,33 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
                 grid = (min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(k_n, tile["BLOCK_N"])),)
                 launch_with_scratch(
                     lambda: dual.dual_linear_kernel[grid](
-                        x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v, None, None,
-                        M, k_n, K, tasks,
-                        x.stride(0), k_l.stride(0), v_l.stride(0),
-                        GATED=False, HAS_A_BIAS=k_bias is not None, HAS_B_BIAS=v_bias is not None, ACTIVATION=None,
-                        SAVE=False, TASKS=mode, NUM_SMS=num_sms, TILE=tiles.PLAN_TILE, **tile,
+                        x,
+                        k_weight,
+                        v_weight,
+                        k_bias,
+                        v_bias,
+                        *tables,
+                        *plan,
+                        k,
+                        v,
+                        None,
+                        None,
+                        M,
+                        k_n,
+                        K,
+                        tasks,
+                        x.stride(0),
+                        k_l.stride(0),
+                        v_l.stride(0),
+                        GATED=False,
+                        HAS_A_BIAS=k_bias is not None,
+                        HAS_B_BIAS=v_bias is not None,
+                        ACTIVATION=None,
+                        SAVE=False,
+                        TASKS=mode,
+                        NUM_SMS=num_sms,
+                        TILE=tiles.PLAN_TILE,
+                        **tile,
                     )  # fmt: skip
                 )
             else:
@@ -83,11 +107,28 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
                 grid = (tiles.cdiv(M, tile["BLOCK_M"]) * tiles_n,)
                 launch_with_scratch(
                     lambda: kernels.ia3_kv_linear_kernel[grid](
-                        x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v,
-                        M, k_n, v_n, K, tasks,
-                        x.stride(0), k_l.stride(0), v_l.stride(0),
-                        HAS_K_BIAS=k_bias is not None, HAS_V_BIAS=v_bias is not None, TASKS=mode,
-                        TILE=tiles.PLAN_TILE, **tile,
+                        x,
+                        k_weight,
+                        v_weight,
+                        k_bias,
+                        v_bias,
+                        *tables,
+                        *plan,
+                        k,
+                        v,
+                        M,
+                        k_n,
+                        v_n,
+                        K,
+                        tasks,
+                        x.stride(0),
+                        k_l.stride(0),
+                        v_l.stride(0),
+                        HAS_K_BIAS=k_bias is not None,
+                        HAS_V_BIAS=v_bias is not None,
+                        TASKS=mode,
+                        TILE=tiles.PLAN_TILE,
+                        **tile,
                     )  # fmt: skip
                 )
     return k, v
@@ -104,12 +145,15 @@ def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, pl
         k, v = (scale_forward(op, z, table, task_ids) for z, (_, _, table) in zip(zs, sides, strict=True))
         return k, v, *((z.contiguous() for z in zs) if save else (nothing, x.new_empty(0)))
     check_ids_in_range(op, task_ids, k_l.shape[0])
-    one_launch = not save and aligned(rows, k_weight, v_weight) and all(w.shape[0] % 16 == 0 for w in (k_weight, v_weight))
+    one_launch = (
+        not save and aligned(rows, k_weight, v_weight) and all(w.shape[0] % 16 == 0 for w in (k_weight, v_weight))
+    )
     if one_launch and k_weight.is_contiguous() and v_weight.is_contiguous():
         k, v = launch_kv(rows, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id)
         return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), nothing, x.new_empty(0)
     (k, zk), (v, zv) = (
-        launch_linear(rows, weight, bias, table, task_ids, plan, rows_per_id, None, save) for weight, bias, table in sides
+        launch_linear(rows, weight, bias, table, task_ids, plan, rows_per_id, None, save)
+        for weight, bias, table in sides
     )
     saved = (zk.view(*lead, zk.shape[1]), zv.view(*lead, zv.shape[1])) if save else (nothing, x.new_empty(0))
     return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), *saved
@@ -193,9 +237,7 @@ def ia3_kv_linear(
         raise ValueError(f"{op}: v_ia3_l must hold {k_l.shape[0]} tasks as k_ia3_l does, got shape {shape(v_l)}")
     ids, plan, rows_per_id = check_task_ids(op, task_ids, x.shape[:-1], k_l.shape[0], x)
     if use_reference(x):
-        return reference.ia3_kv_linear(
-            x, k_weight, v_weight, k_bias, v_bias, k_ia3_l=k_l, v_ia3_l=v_l, task_ids=ids
-        )
+        return reference.ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_ia3_l=k_l, v_ia3_l=v_l, task_ids=ids)
     save = torch.is_grad_enabled() and (k_l.requires_grad or v_l.requires_grad)
     args = x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, ids, plan, rows_per_id, save
     return _op(*args, differentiable=args[:7])[:2]

@@ -37,7 +37,9 @@ def capability_of(x: Tensor) -> tuple[int, int]:
 def aligned(*matrices: Tensor) -> bool:
     """Whether rows start at 16-byte addresses and are contiguous, as TMA requires, in strides that are multiples of 16
     elements, which is what Triton asks for before it loads 16 bytes at a time."""
-    return all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
+    return all(
+        t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.shape[1] % 16 == 0 and t.data_ptr() % 16 == 0 for t in matrices
+    )
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -76,11 +78,28 @@ def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activatio
     with torch.cuda.device_of(x):
         launch_with_scratch(
             lambda: kernels.ia3_linear_kernel[(programs,)](
-                x, weight, bias, ia3_l, *plan, y, z,
-                M, N, K, ia3_l.shape[0],
-                x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
-                HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
-                NUM_SMS=num_sms, TILE=tiles.PLAN_TILE, **tile,
+                x,
+                weight,
+                bias,
+                ia3_l,
+                *plan,
+                y,
+                z,
+                M,
+                N,
+                K,
+                ia3_l.shape[0],
+                x.stride(0),
+                ia3_l.stride(0),
+                weight.stride(1 if w_kn else 0),
+                HAS_BIAS=bias is not None,
+                ACTIVATION=activation,
+                SAVE=z is not None,
+                TASKS=mode,
+                W_KN=w_kn,
+                NUM_SMS=num_sms,
+                TILE=tiles.PLAN_TILE,
+                **tile,
             )  # fmt: skip
         )
 
