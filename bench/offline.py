@@ -165,7 +165,7 @@ def _gpu(capability: int) -> Iterator[None]:
 
 
 def _tasks(M, ids):
-    """What a launcher takes for tasks: ids, plan, rows per id. ids: None, "two" (long sequences), "runs" (per token)."""
+    """Ids, plan and rows per id, as a launcher takes them. ids: None, "two" (long sequences), "runs" (per token)."""
     if ids is None:
         return None, None, 1
     plan = [_meta(3, dtype=torch.int32), _ids(M, torch.int32), _ids(M, torch.int32)]

@@ -17,7 +17,8 @@ def dual_linear_kernel(
     SAVE: tl.constexpr, TASKS: tl.constexpr, SPECIALIZE: tl.constexpr, NUM_SMS: tl.constexpr, TILE: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """z_a = x Wa^T + ba,  z_b = x Wb^T + bb;   GATED: a = act(z_a) * z_b * la[t(m)],  else a = z_a * la[t(m)], b = z_b * lb[t(m)]
+    """z_a = x Wa^T + ba,  z_b = x Wb^T + bb;   a = act(z_a) * z_b * la[t(m)] if GATED
+    else a = z_a * la[t(m)], b = z_b * lb[t(m)]
     x: [M, K] rows strided   Wa, Wb: [N, K]   la, lb: [num_tasks, N]   a, b: [M, N]   z_a, z_b: [M, N] if SAVE.
     Persistent, as ia3_linear_kernel; each x tile is read once for both products.
     """

@@ -118,7 +118,7 @@ def ia3_glu_linear_small_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h = act(g) * u * l[t],  g = x Wg^T + bg,  u = x Wu^T + bu;  for few rows
-    x: [M, K] rows strided   Wg, Wu: [N, K], equal strides   h, g, u: [M, N]   part: fp32 [2, SPLIT, M, N]   count: tiles.
+    x: [M, K] rows strided   Wg, Wu: [N, K], equal strides   h, g, u: [M, N]   part: fp32 [2, SPLIT, M, N].
     One program per output tile and part of K; the weight tile is the left operand; parts as in ia3_linear_small_kernel.
     """
     tile, pid_k = tl.program_id(0), tl.program_id(1)

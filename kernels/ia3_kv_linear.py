@@ -1,4 +1,4 @@
-"""Two projections of one x, each scaled by its own (IA)^3 vector of the row's task: k = (x Wk^T) * lk[t], v = (x Wv^T) * lv[t]."""
+"""Two projections of one x, each with its own (IA)^3 vector: k = (x Wk^T + bk) * lk[t], v = (x Wv^T + bv) * lv[t]."""
 
 import triton
 import triton.language as tl

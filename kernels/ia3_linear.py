@@ -202,7 +202,7 @@ def vector_rows(
 ):  # fmt: skip
     """BLOCK_N columns of the output for all of at most BLOCK_M rows; BLOCK_K = warps * 32 * VECTOR.
 
-    The whole block walks along K, so x and W get matching layouts and nothing crosses shared memory before the last sum.
+    The whole block walks along K: x and W get matching layouts, and nothing crosses shared memory before the last sum.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m, offs_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)

@@ -51,7 +51,7 @@ def bucket(M: int) -> int:
 
 
 def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
-    """Persistent TMA matmul. 128 x 256 has the best reuse; erf spills there, so gelu takes 128 x 128, as few tiles do."""
+    """Persistent TMA matmul. 128 x 256 has the best reuse; erf spills there: gelu and few tiles take 128 x 128."""
     shared = SHARED_MEMORY.get(capability, 101_376)
     if shared < 150_000:
         return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
@@ -63,7 +63,7 @@ def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
 
 
 def linear_is_small(M: int, N: int, capability: int) -> bool:
-    """Whether the small-tile kernel with split K serves: few rows, or up to 1024 rows whose 128 x 128 tiles leave most SMs idle."""
+    """Whether small tiles with split K serve: few rows, or up to 1024 whose 128 x 128 tiles leave most SMs idle."""
     tiles = cdiv(bucket(M), 128) * cdiv(N, 128)
     return M <= SMALL_M or (M <= 1024 and 2 * tiles <= MULTIPROCESSORS.get(capability, 108))
 
@@ -115,7 +115,7 @@ def linear_one_tile(capability: int) -> dict:
 
 
 def dual_linear(M: int, N: int, K: int, capability: int, gated: bool, erf: bool) -> dict:
-    """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf with 8 warps spills there: 128 x 2 x 64."""
+    """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf spills there: 128 x 2 x 64."""
     shared = SHARED_MEMORY.get(capability, 101_376)
     if shared < 150_000:
         return dict(SPECIALIZE=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
@@ -129,7 +129,7 @@ def dual_linear(M: int, N: int, K: int, capability: int, gated: bool, erf: bool)
 
 
 def glu_linear_small(M: int, N: int, K: int, capability: int, aligned: bool) -> dict:
-    """Two weights stream at once, so each has half the bytes in flight of linear_small's tile; x is never the left operand."""
+    """Two weights stream at once, so each has half the bytes in flight of linear_small's tile."""
     M = bucket(M)
     small = SHARED_MEMORY.get(capability, 101_376) < 150_000
     if not aligned:
@@ -149,7 +149,7 @@ def glu_backward(N: int) -> dict:
 
 
 def linear_vector(M: int, N: int, itemsize: int) -> dict:
-    """Up to 4 rows: 16-byte loads of W and x that stay in their thread. BLOCK_K = 4 warps * 32 lanes * one 16-byte load."""
+    """Up to 4 rows: 16-byte loads that stay in their thread. BLOCK_K is one such load for each lane of 4 warps."""
     vector = 16 // itemsize
     rows = next_power_of_2(M)
     columns = 8 if rows > 2 or N >= 4096 else 4

@@ -17,8 +17,8 @@ from peft_ops._checks import (
 )
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops.ia3_linear import (
-    as_matrix,
     aligned,
+    as_matrix,
     autocast,
     capability_of,
     check_layer,
@@ -274,7 +274,7 @@ def ia3_glu(
 ) -> Tensor:
     """The elementwise half of a gated feed-forward layer under (IA)^3, each row with its own task's vector.
 
-    Semantics: activation(gate) * up * ia3_l[task_ids], in fp32 with one rounding; row -1 of ia3_l is ones: the base model.
+    Semantics: activation(gate) * up * ia3_l[task_ids], in fp32 with one rounding; row -1 of ia3_l is ones (base model).
 
     Args:
         gate, up: [..., N], one dtype: fp32, fp16 or bf16 (fp64 runs on plain PyTorch).
@@ -286,7 +286,8 @@ def ia3_glu(
         Like gate, contiguous. Saved for backward: gate, up and ia3_l.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there
+            too).
         NotImplementedError, RuntimeError: forward-mode AD, double backward.
     """
     op = "ia3_glu"
@@ -313,10 +314,10 @@ def ia3_glu_linear(
     task_ids: Tensor | TaskPlan | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
-    """The gated feed-forward layer up to its down projection, under (IA)^3 (arXiv 2205.05638; SwiGLU and its kin, 2002.05202).
+    """The gated feed-forward layer up to its down projection, under (IA)^3 (arXiv 2205.05638, 2002.05202).
 
-    Semantics: ia3_glu(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias), ia3_l, task_ids, activation)
-    The scale that PEFT applies to the down projection's input stands here, where it is free: call that projection as it is.
+    Semantics: ia3_glu(F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias), ia3_l, task_ids, ...)
+    The scale that PEFT applies to the down projection's input stands here, where it is free: that layer stays bare.
 
     Args:
         x: [..., K]; fp32, fp16 or bf16 (fp64 runs on plain PyTorch). Its leading dimensions may be strided.
@@ -327,10 +328,12 @@ def ia3_glu_linear(
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
 
     Returns:
-        [..., N] in x's dtype, contiguous. Saved for backward: the two pre-activations, and x if a weight needs a gradient.
+        [..., N] in x's dtype, contiguous. Saved for backward: the two pre-activations, and x if a weight needs a
+        gradient.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there
+            too).
         NotImplementedError, RuntimeError: forward-mode AD, double backward.
     """
     op = "ia3_glu_linear"

@@ -1,11 +1,11 @@
-"""Two linear layers over one x, each with its own (IA)^3 vector: k = (x Wk^T + bk) * lk[t], v = (x Wv^T + bv) * lv[t]."""
+"""Two linear layers over one x, each with its own (IA)^3 vector: k = (x Wk^T) * lk[t], v = (x Wv^T) * lv[t]."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_triton
+from peft_ops._backend import LazyKernels
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops import ia3_linear as single
@@ -222,7 +222,8 @@ def ia3_kv_linear(
         k [..., K_N] and v [..., V_N] in x's dtype, contiguous. Saved for backward: what two ia3_linear would save.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there too).
+        IndexError: an id outside [-1, num_tasks), on a CPU. On a GPU that row is NaN (PEFT_OPS_DEBUG=1 raises there
+            too).
         NotImplementedError, RuntimeError: forward-mode AD, double backward.
     """
     op = "ia3_kv_linear"

@@ -62,7 +62,7 @@ def launch_with_scratch(launch: Callable[[], None]) -> None:
 
 
 def plan_arguments(task_ids, plan, rows_per_id: int, M: int, num_tasks: int) -> tuple[tuple[Tensor | None, ...], str]:
-    """Row ids, tiles, run_index and run_end for a large matmul, and how its epilogue selects tasks: from shapes alone."""
+    """Row ids, tiles, run_index and run_end for a large matmul, and its way to select tasks, from shapes alone."""
     if task_ids is None:
         return (None, None, None, None), "one"
     tensors = launch_plan(task_ids, None, M, num_tasks) if plan is None else (task_ids, *plan)
@@ -160,7 +160,7 @@ def launch_linear(
     rows_per_id: int, activation: str | None, save: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y and, if save, z = x W^T + b, both [M, N] in x's dtype."""
-    (M, K), N = x.shape, weight.shape[0]
+    M, N = x.shape[0], weight.shape[0]
     bias, task_ids = (None if t is None else t.contiguous() for t in (bias, task_ids))
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y) if save else None
