@@ -25,7 +25,8 @@ SCHEMAS = {
     "ia3_glu_backward": "(Tensor dh, Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool[2] needs) -> (Tensor, Tensor, Tensor)",
     "ia3_glu_linear": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias,"
-    " Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, str? activation, bool save) -> (Tensor, Tensor, Tensor)",
+    " Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, str? activation, bool save)"
+    " -> (Tensor, Tensor, Tensor)",
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
