@@ -557,10 +557,8 @@ def test_bad_id(bad, ids_dtype, placement, dtype):
     kwargs = PLACEMENTS[placement]
     for M in (4,) if INTERPRET and ids_dtype == torch.int32 else (4, 68):
         x, weight, b, memory = make(M, 24, 16, dtype, 9, is_feedforward=placement == "feedforward")
-        table, kept = (
-            memory[3:6],
-            memory.clone(),
-        )  # a read beside the table finds numbers, not the NaN that is asked for
+        # beside the table stand numbers: a read there would not give the NaN that is asked for
+        table, kept = memory[3:6], memory.clone()
         ids = torch.tensor([0, bad, -1, 2], dtype=ids_dtype, device=DEVICE).repeat_interleave(M // 4)
         if not KERNELS:
             with pytest.raises(
