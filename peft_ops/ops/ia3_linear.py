@@ -18,7 +18,7 @@ from peft_ops._checks import (
     shape,
 )
 from peft_ops._library import Operator, use_reference
-from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward
+from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward, shaped
 from peft_ops.ops.task_plan import launch_plan
 from peft_ops.reference import TaskPlan
 
@@ -68,7 +68,7 @@ def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activatio
             M, N, K, ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
             HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
-            NUM_SMS=min(num_sms, num_tiles), TILE=tiles.PLAN_TILE, **tile,
+            NUM_SMS=num_sms, TILE=tiles.PLAN_TILE, **tile,
         )  # fmt: skip
 
     # Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched
@@ -120,7 +120,7 @@ def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation,
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         y, z = launch_linear(as_rows(x), weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
         lead = (*x.shape[:-1], weight.shape[0])
-        return y.view(lead), z.view(lead) if save else nothing
+        return shaped(y, lead), shaped(z, lead) if save else nothing
     z = F.linear(x, weight, bias)
     y = scale_forward(op, z, ia3_l, task_ids, activation)
     return y, z.contiguous() if save else nothing
