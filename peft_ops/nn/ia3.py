@@ -16,7 +16,7 @@ class IA3Linear(nn.Module):
     parameter of its own, so that one absent from a batch gets no gradient and an optimizer leaves it alone.
 
     Args:
-        base: the layer to wrap; its weights are shared, not copied.
+        base: the layer to wrap; its weights are shared, and trained or frozen as they are.
         is_feedforward: scale the layer's input instead of its output.
     """
 

@@ -14,7 +14,8 @@ from peft_ops.reference import PromptBatch
 class PromptEncoder(nn.Module):
     """h(P): pseudo tokens and a network that turns them into prompt embeddings [num_virtual_tokens, token_dim].
 
-    Modules, initialisation and state-dict keys are those of peft.PromptEncoder: checkpoints map one to one.
+    Modules, initialisation and state-dict keys are those of a live peft.PromptEncoder. (What PEFT saves after training is
+    the table that it computes, without the encoder.)
 
     Args:
         encoder_reparameterization_type: "lstm" or "mlp".
