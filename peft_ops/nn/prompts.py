@@ -14,7 +14,7 @@ from peft_ops.reference import PromptBatch
 class PromptEncoder(nn.Module):
     """h(P): pseudo tokens and a network that turns them into prompt embeddings [num_virtual_tokens, token_dim].
 
-    Modules, initialisation and state-dict keys are those of a live peft.PromptEncoder. (What PEFT saves after training is
+    Modules, initialisation and state-dict keys are those of a live peft.PromptEncoder. (What PEFT saves of it is only
     the table that it computes, without the encoder.)
 
     Args:
