@@ -45,8 +45,8 @@ test-compile: setup  ## the Triton kernels compiled for GPUs that need not be th
 nightly: MARKS = nightly or not nightly
 nightly: test  ## the same suites with their wider cross products
 
-bench: setup  ## microbenchmarks beside their peers
-	$(PYTEST) bench
+bench: setup  ## the CPU kernels beside PEFT's arithmetic
+	$(PY) -m bench.native_cpu $(ARGS)
 
 lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
 	$(PY) -m ruff check .

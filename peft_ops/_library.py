@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -104,6 +105,15 @@ def _forward_mode_active() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
+@contextmanager
+def _no_autocast():
+    kinds = [k for k in ("cpu", "cuda") if torch.is_autocast_enabled(k)]
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def refuse_double_backward(op: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
@@ -139,13 +149,21 @@ class Operator:
         if backward is None:
             return
 
+        def checked_setup_context(ctx, inputs, output):
+            ctx.num_inputs = len(inputs)
+            ctx.set_materialize_grads(False)  # no zeros the size of an activation for outputs without a gradient
+            setup_context(ctx, inputs, output)
+
         def checked_backward(ctx, *grads):
             refuse_double_backward(name)
-            return backward(ctx, *grads)
+            if all(grad is None for grad in grads):
+                return (None,) * ctx.num_inputs
+            with _no_autocast():  # the gradient has the forward's dtypes, wherever backward() is called
+                return backward(ctx, *grads)
 
         def registered_setup_context(ctx, inputs, output):
             ctx.list_sizes = {i: len(value) for i, value in enumerate(inputs) if isinstance(value, (list, tuple))}
-            setup_context(ctx, inputs, output)
+            checked_setup_context(ctx, inputs, output)
 
         def registered_backward(ctx, *grads):
             grads = list(checked_backward(ctx, *grads))
@@ -161,7 +179,7 @@ class Operator:
             @staticmethod
             def forward(ctx, *args):
                 output = below_autograd(overload, *args)
-                setup_context(ctx, args, output)
+                checked_setup_context(ctx, args, output)
                 return output
 
             backward = staticmethod(checked_backward)

@@ -24,7 +24,7 @@ BASE, BAD = -1, -2  # what a checked id says beside a task: the base model, or a
 
 
 class TaskPlan(NamedTuple):
-    """Which task each row belongs to, prepared once per batch and accepted wherever `task_ids` is.
+    """Which task each row belongs to, prepared once per batch; the (IA)^3 operators take it as `task_ids`.
 
     Attributes:
         task_ids: int32 [rows], the id of every row: `0 <= id < num_tasks`, -1 for the base model, -2 if out of range.
@@ -49,7 +49,7 @@ class PromptBatch(NamedTuple):
     Attributes:
         inputs_embeds: [B, P + S, E], in the dtype of the embedding.
         attention_mask: [B, P + S], in the dtype of the given mask (default int64): 1 on the prompt, 0 on spare slots.
-        position_ids: int64 [B, P + S], counting attended slots from 0; 0 at pads.
+        position_ids: int64 [B, P + S], counting attended slots from 0; 0 at pads. RoBERTa counts from padding_idx + 1.
         labels: [B, P + S], -100 on prompt and pad; None if no labels were given.
         token_map: int64 [B, P + S], the index in the row of `input_ids` that a slot came from; -1 for prompt and pad.
     """

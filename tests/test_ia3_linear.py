@@ -389,6 +389,20 @@ def test_saved_for_backward(M, placement, grad, saved, dtype):
     assert all((t.grad is not None) == (name in grad) for name, t in tensors.items())
 
 
+@pytest.mark.parametrize(("placement", "grad", "saved"), SAVED, ids=[f"{p}-{g}" for p, g, _ in SAVED])
+def test_z_is_written_only_where_it_is_saved(placement, grad, saved, monkeypatch):
+    """The operator's last argument: z is an output of its own, that costs a write even if nobody keeps it."""
+    asked, op = [], ops._op
+    monkeypatch.setattr(ops, "_op", lambda *args, **kwargs: asked.append(args[-1]) or op(*args, **kwargs))
+    tensors = dict(zip("xwbl", make(6, 8, 4, num_tasks=1, is_feedforward=placement == "feedforward"), strict=True))
+    for name in grad:
+        tensors[name].requires_grad_()
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            ia3_linear(tensors["x"], tensors["w"], tensors["b"], ia3_l=tensors["l"], **PLACEMENTS[placement])
+    assert asked == ["z" in saved, False, False]
+
+
 def launched(seen):
     """Kernel and its way to select tasks, of each launch of a linear kernel."""
     return [kwargs.get("TASKS", "small") for name, kwargs in seen if name.startswith("ia3_linear")]
@@ -557,10 +571,8 @@ def test_bad_id(bad, ids_dtype, placement, dtype):
     kwargs = PLACEMENTS[placement]
     for M in (4,) if INTERPRET and ids_dtype == torch.int32 else (4, 68):
         x, weight, b, memory = make(M, 24, 16, dtype, 9, is_feedforward=placement == "feedforward")
-        table, kept = (
-            memory[3:6],
-            memory.clone(),
-        )  # a read beside the table finds numbers, not the NaN that is asked for
+        # beside the table stand numbers: a read there would not give the NaN that is asked for
+        table, kept = memory[3:6], memory.clone()
         ids = torch.tensor([0, bad, -1, 2], dtype=ids_dtype, device=DEVICE).repeat_interleave(M // 4)
         if not KERNELS:
             with pytest.raises(

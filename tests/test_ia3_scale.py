@@ -534,3 +534,44 @@ def test_debug_checks_ids_where_kernels_run():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PEFT_OPS_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=os.getcwd())
     assert "task_ids must be in [-1, 1), got 5 at position 1" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("with_grad", [False, True], ids=["no_grad", "grad"])
+def test_outputs_may_be_changed_in_place(with_grad, dtype):
+    """A view made inside the operator would refuse it, and relu_() or `y += residual` are common."""
+    x, ia3_l = make(6, 16, dtype)
+    x, ids = x.view(2, 3, 16).requires_grad_(with_grad), ids_like("uniform", 2, 3)
+    weight, vector = torch.eye(16, device=DEVICE, dtype=dtype), ia3_l.requires_grad_(with_grad)
+    for y in (ia3_scale(x, vector, ids), peft_ops.ia3_linear(x, weight, ia3_l=vector, task_ids=ids)):
+        want = y.detach().clone() * 2
+        y.mul_(2)
+        assert torch.equal(y.detach(), want)
+        if with_grad:
+            y.float().sum().backward()
+
+
+def test_backward_under_autocast_keeps_the_forward_dtypes():
+    x, ia3_l = make(4, 16)
+    x, weight = x.requires_grad_(), torch.randn(8, 16, device=DEVICE)
+    for kwargs in (dict(ia3_l=ia3_l, is_feedforward=True), dict(ia3_l=torch.randn(3, 8, device=DEVICE))):
+        kwargs["ia3_l"].requires_grad_()
+        want, got = [], []
+        for grads, enabled in ((want, False), (got, True)):
+            y = peft_ops.ia3_linear(x, weight, task_ids=torch.tensor([0, 1, -1, 2], device=DEVICE), **kwargs)
+            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+                grads.extend(torch.autograd.grad(y, (x, kwargs["ia3_l"]), torch.ones_like(y)))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_zeros_are_made_for_outputs_without_a_gradient():
+    x, ia3_l = make(64, 64)
+    y = peft_ops.ia3_linear(
+        x, torch.randn(64, 64, device=DEVICE), ia3_l=ia3_l.requires_grad_(), task_ids=ids_like("uniform", 64, 3)
+    )
+    dy = torch.ones_like(y)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        y.backward(dy)
+    filled = [
+        e.name for e in profile.events() if e.name in ("aten::fill_", "aten::zero_") and [64, 64] in e.input_shapes
+    ]
+    assert not filled, filled

@@ -74,16 +74,19 @@ class TestIA3Linear:
         with tasks(["elsewhere", None], DEVICE):
             assert torch.equal(layer(x), layer.base_layer(x))
 
-    def test_materialized_table_is_a_snapshot_for_serving(self, is_feedforward):
+    def test_materialized_table_is_served_until_a_vector_changes(self, is_feedforward):
         layer, x = ia3_linear(is_feedforward), torch.randn(4, 6, device=DEVICE)
         batch = TaskBatch.of_rows(ROWS, DEVICE)
         with torch.no_grad():
             before = layer(x, batch)
             layer.materialize(batch.names)
-            layer.ia3_l["red"].mul_(2)
+            served = layer._served[batch.names][1]
+            served.mul_(2)
+            assert not torch.equal(layer(x, batch), before), "the table is not used"
+            served.div_(2)
             assert torch.equal(layer(x, batch), before)
-            layer.materialize(None)
-            assert not torch.equal(layer(x, batch), before)
+            layer.ia3_l["red"].mul_(2)
+            assert not torch.equal(layer(x, batch), before), "a stale table is served"
         layer.materialize(batch.names)
         assert layer(x, batch).requires_grad, "training must not read the snapshot"
 
@@ -216,10 +219,17 @@ class TestPromptEmbedding:
         with torch.no_grad():
             want, _ = self.run(prompts, ROWS)
             prompts.materialize(("red", "green"))
-            nn.init.zeros_(prompts.encoders["red"].embedding.weight)
-            got, _ = self.run(prompts, ROWS)
-            assert torch.equal(got.inputs_embeds, want.inputs_embeds)
+            del prompts.encoders["red"]
+            assert torch.equal(self.run(prompts, ROWS)[0].inputs_embeds, want.inputs_embeds)
             prompts.materialize(None)
+            assert not torch.equal(self.run(prompts, ROWS)[0].inputs_embeds[0], want.inputs_embeds[0])
+
+    def test_materialized_prompts_are_not_served_stale(self):
+        prompts = prompt_embedding()
+        with torch.no_grad():
+            want, _ = self.run(prompts, ROWS)
+            prompts.materialize(("red", "green"))
+            nn.init.zeros_(prompts.encoders["red"].embedding.weight)
             assert not torch.equal(self.run(prompts, ROWS)[0].inputs_embeds, want.inputs_embeds)
 
     def test_adapters_without_a_prompt(self):

@@ -135,7 +135,8 @@ def learn_and_serve(options: argparse.Namespace, path: str, encoder, tokens, tas
     print(f"{report.served_table(served)}\n")
     for timing in served.timings:
         print(f"{report.time_table(timing)}\n")
-    print("(ratios are medians of paired ABBA rounds; 'bare model again' shows their noise)\n")
+    print("(ratios are medians of paired ABBA rounds; 'bare model again' shows their noise. PEFT's parts come sorted")
+    print("and cut to their own longest text, and its base rows carry no prompt: fewer tokens than one batch has)\n")
     report.write_json(folder / "results.json", vars(options), tasks, results, served)
     report.draw(folder / "report.png", tasks, results, served, place)
 

@@ -16,7 +16,7 @@ class IA3Linear(nn.Module):
     parameter of its own, so that one absent from a batch gets no gradient and an optimizer leaves it alone.
 
     Args:
-        base: the layer to wrap; its weights are shared, not copied.
+        base: the layer to wrap; its weights are shared, and trained or frozen as they are.
         is_feedforward: scale the layer's input instead of its output.
     """
 
@@ -26,7 +26,7 @@ class IA3Linear(nn.Module):
             raise TypeError(f"IA3Linear: base must be an nn.Linear, got {type(base).__name__}")
         self.base_layer, self.is_feedforward = base, is_feedforward
         self.ia3_l = nn.ParameterDict()
-        self._served: dict[tuple[str, ...], Tensor] = {}
+        self._served: dict[tuple[str, ...], tuple[list, Tensor]] = {}
 
     @property
     def features(self) -> int:
@@ -36,6 +36,8 @@ class IA3Linear(nn.Module):
         """A new vector of ones in PEFT's shape: [1, in] with is_feedforward, else [out, 1]."""
         if name in self.ia3_l:
             raise ValueError(f"IA3Linear: adapter must have a new name, got {name!r}")
+        if "." in name or hasattr(nn.ParameterDict(), name):
+            raise ValueError(f"IA3Linear: adapter must not be named as an attribute of a module, got {name!r}")
         shape = (1, self.features) if self.is_feedforward else (self.features, 1)
         # fp32 whatever the base has: the product is taken in fp32, and half-precision vectors do not train
         self.ia3_l[name] = nn.Parameter(torch.ones(shape, device=self.base_layer.weight.device))
@@ -57,19 +59,27 @@ class IA3Linear(nn.Module):
     def materialize(self, names: Sequence[str] | None) -> None:
         """Keep the table of these adapters for batches without gradients; None drops all.
 
-        A snapshot: call it again after training.
+        It is served until a vector changes.
         """
         if names is None:
             self._served.clear()
         else:
-            self._served[tuple(names)] = self.table(names)
+            self._served[tuple(names)] = self._stamp(names), self.table(names)
+
+    def _stamp(self, names: Sequence[str]) -> list[tuple[int, int] | None]:
+        """Where each vector lies and how often it was written: a snapshot is served only while nothing moved."""
+        return [
+            (v.data_ptr(), v._version) if (v := self.ia3_l[n] if n in self.ia3_l else None) is not None else None
+            for n in names
+        ]
 
     def forward(self, x: Tensor, batch: TaskBatch | None = None) -> Tensor:
         batch = batch or current_tasks()
         if batch is None or not any(name in self.ia3_l for name in batch.names):
             return self.base_layer(x)
-        table = None if torch.is_grad_enabled() else self._served.get(batch.names)
-        table = self.table(batch.names) if table is None else table
+        stamp, table = (None, None) if torch.is_grad_enabled() else self._served.get(batch.names, (None, None))
+        if table is None or stamp != self._stamp(batch.names):
+            table = self.table(batch.names)
         base = self.base_layer
         ids = batch.for_rows(x)
         return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)

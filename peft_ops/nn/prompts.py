@@ -14,7 +14,8 @@ from peft_ops.reference import PromptBatch
 class PromptEncoder(nn.Module):
     """h(P): pseudo tokens and a network that turns them into prompt embeddings [num_virtual_tokens, token_dim].
 
-    Modules, initialisation and state-dict keys are those of peft.PromptEncoder: checkpoints map one to one.
+    Modules, initialisation and state-dict keys are those of a live peft.PromptEncoder. (What PEFT saves of it is only
+    the table that it computes, without the encoder.)
 
     Args:
         encoder_reparameterization_type: "lstm" or "mlp".
@@ -66,7 +67,7 @@ class PromptEmbedding(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoders = nn.ModuleDict()
-        self._served: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._served: dict[tuple[str, ...], tuple[dict, tuple[Tensor, Tensor]]] = {}
 
     def add_adapter(self, name: str, encoder: PromptEncoder) -> PromptEncoder:
         if name in self.encoders:
@@ -88,12 +89,22 @@ class PromptEmbedding(nn.Module):
     def materialize(self, names: Sequence[str] | None) -> None:
         """Keep the prompts of these adapters for batches without gradients; None drops all.
 
-        A snapshot: call it again after training.
+        They are served until an encoder changes.
         """
         if names is None:
             self._served.clear()
         elif (table := self.table(names)) is not None:
-            self._served[tuple(names)] = table
+            self._served[tuple(names)] = self._stamp(names), table
+
+    def _stamp(self, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+        """Where the parameters of each encoder lie and how often they were written."""
+        present = {name: self.encoders[name] for name in names if name in self.encoders}
+        return {name: [(p.data_ptr(), p._version) for p in e.parameters()] for name, e in present.items()}
+
+    def _snapshot(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
+        """The materialized prompts, if no encoder that is still there has changed; some may have been dropped."""
+        stamp, table = self._served.get(names, ({}, None))
+        return table if all(stamp.get(name) == now for name, now in self._stamp(names).items()) else None
 
     def forward(
         self,
@@ -105,7 +116,7 @@ class PromptEmbedding(nn.Module):
     ) -> PromptBatch:
         """`prompt_concat` with the prompts of the batch; kwargs: labels, padding_side. [B, S] -> [B, P + S]."""
         batch = batch or current_tasks() or TaskBatch.of_rows([None] * len(input_ids), input_ids.device)
-        table = None if torch.is_grad_enabled() else self._served.get(batch.names)
+        table = None if torch.is_grad_enabled() else self._snapshot(batch.names)
         no_prompt = embedding.new_zeros(len(batch.names), 0, embedding.shape[1]), None
         prompts, lengths = table or self.table(batch.names) or no_prompt
         return prompt_concat(

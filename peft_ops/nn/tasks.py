@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from peft_ops._checks import check_task_ids
 from peft_ops.ops.task_plan import plan_tasks
 from peft_ops.reference import TaskPlan
 
@@ -21,7 +22,7 @@ class TaskBatch:
 
     def __init__(self, names: Sequence[str], ids: Tensor):
         self.names, self.ids = tuple(names), ids
-        self._plans: dict[int, TaskPlan] = {}
+        self._plans: dict[tuple, TaskPlan] = {}
 
     @classmethod
     def of_rows(
@@ -43,10 +44,16 @@ class TaskBatch:
         """What an (IA)^3 operator takes as task_ids of x: on a GPU a plan, made once and shared by all layers."""
         if not x.is_cuda:
             return self.ids
+        # the operators refuse ids that divide packed rows by chance; a plan would not know
+        check_task_ids("TaskBatch", self.ids, x.shape[:-1], len(self.names), x)
         rows = x.shape[:-1].numel()
-        if rows not in self._plans:
-            self._plans[rows] = plan_tasks(self.ids, rows, len(self.names))
-        return self._plans[rows]
+        if torch.cuda.is_current_stream_capturing() or self.ids.is_inference():
+            return plan_tasks(self.ids, rows, len(self.names))  # the graph makes its own, from the ids of each replay
+        key = tuple(x.shape[:-1]), self.ids._version
+        if key not in self._plans:
+            self._plans = {k: plan for k, plan in self._plans.items() if k[1] == key[1]}
+            self._plans[key] = plan_tasks(self.ids, rows, len(self.names))
+        return self._plans[key]
 
 
 _current: ContextVar[TaskBatch | None] = ContextVar("peft_ops_tasks", default=None)

@@ -27,7 +27,7 @@ from peft_ops.ops.ia3_linear import (
     plan_arguments,
     split_workspace,
 )
-from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, sum_chunks
+from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, shaped, sum_chunks
 from peft_ops.reference import TaskPlan
 
 kernels, dual, tiles = LazyKernels("ia3_glu"), LazyKernels("dual"), LazyKernels("tiles")
@@ -142,8 +142,8 @@ def glu_forward(
     """act(gate) * up * ia3_l[t], contiguous: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_triton(op, gate):
-        return launch_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation).view(gate.shape)
-    return reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous()
+        return shaped(launch_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
+    return shaped(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
 
 
 def _ia3_glu(gate, up, ia3_l, task_ids, activation):
@@ -215,8 +215,8 @@ def _ia3_glu_linear(
         g, u = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
         h = glu_forward(op, g, u, ia3_l, task_ids, activation)
     if not save:
-        return h.view(lead), x.new_empty(0), x.new_empty(0)
-    return h.view(lead), g.contiguous().view(lead), u.contiguous().view(lead)
+        return shaped(h, lead), x.new_empty(0), x.new_empty(0)
+    return shaped(h, lead), shaped(g.contiguous(), lead), shaped(u.contiguous(), lead)
 
 
 def _ia3_glu_linear_fake(

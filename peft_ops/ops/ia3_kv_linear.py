@@ -19,7 +19,7 @@ from peft_ops.ops.ia3_linear import (
     plan_arguments,
     split_workspace,
 )
-from peft_ops.ops.ia3_scale import as_rows, scale_forward
+from peft_ops.ops.ia3_scale import as_rows, scale_forward, shaped
 from peft_ops.reference import TaskPlan
 
 kernels, dual, tiles = LazyKernels("ia3_kv_linear"), LazyKernels("dual"), LazyKernels("tiles")
@@ -150,13 +150,13 @@ def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, pl
     )
     if one_launch and k_weight.is_contiguous() and v_weight.is_contiguous():
         k, v = launch_kv(rows, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id)
-        return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), nothing, x.new_empty(0)
+        return shaped(k, (*lead, k.shape[1])), shaped(v, (*lead, v.shape[1])), nothing, x.new_empty(0)
     (k, zk), (v, zv) = (
         launch_linear(rows, weight, bias, table, task_ids, plan, rows_per_id, None, save)
         for weight, bias, table in sides
     )
-    saved = (zk.view(*lead, zk.shape[1]), zv.view(*lead, zv.shape[1])) if save else (nothing, x.new_empty(0))
-    return k.view(*lead, k.shape[1]), v.view(*lead, v.shape[1]), *saved
+    saved = (shaped(zk, (*lead, zk.shape[1])), shaped(zv, (*lead, zv.shape[1]))) if save else (nothing, x.new_empty(0))
+    return shaped(k, (*lead, k.shape[1])), shaped(v, (*lead, v.shape[1])), *saved
 
 
 def _fake(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id, save):

@@ -19,7 +19,7 @@ from peft_ops._checks import (
     shape,
 )
 from peft_ops._library import Operator, use_reference
-from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward
+from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward, shaped
 from peft_ops.ops.task_plan import launch_plan
 from peft_ops.reference import TaskPlan
 
@@ -198,7 +198,7 @@ def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation,
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
         lead = (*x.shape[:-1], weight.shape[0])
-        return y.view(lead), z.view(lead) if save else nothing
+        return shaped(y, lead), shaped(z, lead) if save else nothing
     z = F.linear(x, weight, bias)
     y = scale_forward(op, z, ia3_l, task_ids, activation)
     return y, z.contiguous() if save else nothing
@@ -256,8 +256,8 @@ def _backward(ctx, dy, _):
         dx, dl = scale_backward(dscaled, dscaled if x is None else x, ia3_l, task_ids, None, need_x, need_l)
     if need_weight:
         scaled = _scale_op(x, ia3_l, task_ids, None)
-        dweight = dy.flatten(0, -2).t() @ scaled.flatten(0, -2)
-    dbias = dy.flatten(0, -2).sum(0) if need_bias else None
+        dweight = as_matrix(dy).t() @ as_matrix(scaled)
+    dbias = as_matrix(dy).sum(0) if need_bias else None
     return dx, dweight, dbias, dl, None, None, None, None, None, None
 
 

@@ -18,6 +18,11 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
+def shaped(rows: Tensor, size: tuple) -> Tensor:
+    """rows in another shape, no view in autograd's eyes: what an operator returns may be changed in place."""
+    return torch.ops.aten._unsafe_view(rows, size)
+
+
 def launch_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
     M, N = x.shape
     task_ids = None if task_ids is None else task_ids.contiguous()
@@ -108,10 +113,10 @@ def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, ac
     """act(x) * ia3_l[t], contiguous. The elementwise half of every (IA)^3 operator: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_triton(op, x):
-        return launch_scale(as_rows(x), ia3_l, task_ids, activation).view(x.shape)
+        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
-        return native.ia3_scale(as_rows(x), ia3_l, task_ids, activation).view(x.shape)
-    return reference.act_scale(x, ia3_l, task_ids, activation).contiguous()
+        return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
 
 
 def _ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:

@@ -199,7 +199,7 @@ def prompt_concat(
         attention_mask: [B, S], 0 at pads; any dtype. None: no pads.
         labels: int32 or int64 [B, S], or None.
         inputs_embeds: [B, S, E] in place of input_ids and embedding.
-        padding_side: "right" or "left".
+        padding_side: "right" or "left"; a decoder that generates needs "left": each row ends with its last token.
 
     Returns:
         PromptBatch(inputs_embeds, attention_mask, position_ids, labels, token_map). Differentiable in prompts,

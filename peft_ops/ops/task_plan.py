@@ -54,7 +54,7 @@ _plan_tasks_op = Operator("plan_tasks", _plan_tasks, _plan_tasks_fake)
 
 
 def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tensor | None = None) -> TaskPlan:
-    """Prepare a batch's task selection once; the plan is accepted wherever `task_ids` is.
+    """Prepare a batch's task selection once, for every (IA)^3 operator: they take the plan as `task_ids`.
 
     One launch, no synchronisation, no shape that depends on data. It is valid for every layer with `num_tasks` tasks
     whose input has `rows` rows (all leading dimensions of x together).
