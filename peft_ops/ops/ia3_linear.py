@@ -37,6 +37,7 @@ def _tma_takes(*rows: Tensor) -> bool:
     """Whether every matrix has 16-byte aligned rows with a contiguous last dimension, as a TMA descriptor requires."""
     return all(
         t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]  # an expanded or overlapping x goes to the pointer kernel
         and t.stride(0) * t.element_size() % 16 == 0
         and t.data_ptr() % 16 == 0
         and t.shape[1] * t.element_size() >= 16
