@@ -214,9 +214,9 @@ def _ia3_linear_fake(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activa
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ia3_l, task_ids, _, _, activation, is_feedforward, save = inputs
+    x, weight, _, ia3_l, task_ids, _, _, activation, is_feedforward, save = inputs
     need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
-    ctx.activation, ctx.is_feedforward, ctx.has_bias = activation, is_feedforward, bias is not None
+    ctx.activation, ctx.is_feedforward = activation, is_feedforward
     needs_z = not is_feedforward and (need_l or (activation is not None and (need_x or need_weight or need_bias)))
     if needs_z and not save:
         raise RuntimeError(
