@@ -7,11 +7,14 @@ those of the real call; the recorded call is then compiled for each architecture
 GPU.
 """
 
+import argparse
+import inspect
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple
@@ -27,12 +30,9 @@ from peft_ops._backend import LazyKernels
 from peft_ops.kernels import tiles
 from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, task_plan
 
-ARCHITECTURES = (80, 90, 100)
-MATRIX = {
-    80: r"\bHMMA\b",
-    90: r"\bHGMMA\b",
-    100: r"\bUTC\w*MMA\b",
-}  # the older forms run on newer chips too, at a fraction
+ARCHITECTURES = (80, 90, 100)  # the fourth kind of table, 99 KB of shared memory, is sm_86's, sm_89's and sm_120's
+# the older forms run on newer chips too, at a fraction; sm_120 has none of its own for 16 bit
+MATRIX = dict.fromkeys((80, 86, 89, 120), r"\bHMMA\b") | {90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b"}
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
@@ -47,6 +47,7 @@ class Resources(NamedTuple):
     stack: int
     spills: int
     shared: int
+    warps: int  # of the running kernel: 12 where 4 were specialised
     matrix: int  # tensor-core instructions of this architecture
     tma: int  # bulk tensor loads and stores
     wide: int  # 16-byte global loads and stores, asynchronous copies included
@@ -105,7 +106,7 @@ def resources(kernel) -> Resources:
         return len(re.findall(pattern, code))
 
     return Resources(
-        registers, stack, count(r"\b(?:STL|LDL)\b"), kernel.metadata.shared,
+        registers, stack, count(r"\b(?:STL|LDL)\b"), kernel.metadata.shared, kernel.metadata.num_warps,
         count(MATRIX[kernel.metadata.target.arch]), count(r"\bUTMA(?:LDG|STG)\b"),
         count(r"\b(?:LDG|STG|LDGSTS)\.[\w.]*128\b"), count(r"\bLDG\.[\w.]*[US](?:8|16)\b"),
     )  # fmt: skip
@@ -156,12 +157,55 @@ def _gpu(capability: int) -> Iterator[None]:
     modules = ia3_linear, ia3_kv_linear, ia3_glu
     known = ia3_linear.capability_of
     for module in modules:
-        module.capability_of = lambda x: (capability, tiles.MULTIPROCESSORS[capability])
+        module.capability_of = lambda x: (capability, tiles.chip(capability).multiprocessors)
     try:
         yield
     finally:
         for module in modules:
             module.capability_of = known
+
+
+class _Asked(dict):
+    """tiles.TUNED that remembers which tunable choices were asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.keys_asked: list[tuple] = []
+
+    def get(self, key, default=None):
+        self.keys_asked.append(key)
+        return super().get(key, default)
+
+
+@contextmanager
+def tuned(entries: dict) -> Iterator[_Asked]:
+    """The launchers find these entries in tiles.TUNED, and no others."""
+    known, tiles.TUNED = tiles.TUNED, _Asked(entries)
+    try:
+        yield tiles.TUNED
+    finally:
+        tiles.TUNED = known
+
+
+def candidates(key: tuple) -> list[dict]:
+    """All tiles that the tunable function of a key of TUNED offers for it."""
+    name, capability, M, N, K, *flags = key
+    function = getattr(tiles, name).candidates
+    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    return function(M, N, K, capability, **{flag: flag in flags for flag in known})
+
+
+def entries(case: "Case", capability: int) -> list[Launch]:
+    """The launch of a case with the tile that runs, then with each other candidate of the table."""
+    with tuned({}) as asked:
+        found = [case.record(capability)]
+    for key in dict.fromkeys(asked.keys_asked):
+        for tile in candidates(key):
+            with tuned({key: tile}):
+                launch = case.record(capability)
+            if all(launch.kwargs != known.kwargs for known in found):
+                found.append(launch)
+    return found
 
 
 def _tasks(M, ids):
@@ -178,6 +222,18 @@ def _linear(M, N, K, dtype, ids, activation, bias=True, save=False, transposed=F
         b, table = _meta(N, dtype=dtype) if bias else None, _meta(4, N, dtype=torch.float32)
         with recorded(ia3_linear) as launches, _gpu(capability):
             ia3_linear.launch_linear(_meta(M, K, dtype=dtype), weight, b, table, *_tasks(M, ids), activation, save)
+        return launches[0]
+
+    return record
+
+
+def _feedforward(M, N, K, dtype, ids, transposed=False):
+    def record(capability):
+        weight = _meta(K, N, dtype=dtype).t() if transposed else _meta(N, K, dtype=dtype)
+        table = _meta(4, K, dtype=torch.float32)
+        with recorded(ia3_linear) as launches, _gpu(capability):
+            x, bias = _meta(M, K, dtype=dtype), _meta(N, dtype=dtype)
+            ia3_linear.launch_feedforward(x, weight, bias, table, _ids(8) if ids else None)
         return launches[0]
 
     return record
@@ -299,6 +355,12 @@ def cases() -> list[Case]:
             matrix=True,
         )
     )
+    for size in ((8192, 4096, 14336), (512, 768, 3072)):
+        for ids in (True, False):
+            name = f"ia3_linear bf16 {'x'.join(map(str, size))} feedforward{'' if ids else ' one'}"
+            found.append(Case(name, _feedforward(*size, bf16, ids), matrix=True))
+    conv1d = _feedforward(8192, 768, 3072, fp16, True, transposed=True)
+    found.append(Case("ia3_linear fp16 8192x768x3072 feedforward conv1d", conv1d, matrix=True))
     for M in (1, 2, 4):
         for N in (1024, 4096):
             name = f"ia3_linear bf16 {M}x{N}x4096 vector"
@@ -338,13 +400,15 @@ def cases() -> list[Case]:
     return found
 
 
-def problems(case: Case, r: Resources, capability: int) -> list[str]:
+def problems(case: Case, r: Resources, capability: int, specialized: bool = False) -> list[str]:
     """What is wrong with this compilation; empty if nothing is."""
     found = []
     if r.stack or r.spills:
         found.append(f"{r.stack} bytes of stack, {r.spills} spill instructions")
-    if r.shared > tiles.SHARED_MEMORY[capability]:
-        found.append(f"{r.shared} bytes of shared memory, {tiles.SHARED_MEMORY[capability]} fit")
+    if r.shared > tiles.chip(capability).shared_memory:
+        found.append(f"{r.shared} bytes of shared memory, {tiles.chip(capability).shared_memory} fit")
+    if specialized and r.warps != 12:
+        found.append(f"{r.warps} warps: not specialised")
     if case.matrix and not r.matrix:
         found.append("no tensor-core instruction")
     if case.wide and (not r.wide or r.narrow):
@@ -352,17 +416,50 @@ def problems(case: Case, r: Resources, capability: int) -> list[str]:
     return found
 
 
+def tile_of(launch: Launch) -> str:
+    """A launch's tile in short, 128x256x64/3 w8: its blocks, stages and warps."""
+    k = launch.kwargs
+    blocks = "x".join(str(k[name]) for name in ("BLOCK_M", "BLOCK_ROWS", "BLOCK_N", "BLOCK_E", "BLOCK_K") if name in k)
+    split = f" split {k['SPLIT']}" if k.get("SPLIT", 1) > 1 else ""
+    return f"{blocks}{f'/{s}' if (s := k.get('num_stages')) else ''} w{k.get('num_warps', 4)}{split}" + (
+        " specialised" if k.get("SPECIALIZE") else ""
+    )
+
+
+def work(capabilities=ARCHITECTURES, others: bool = True) -> list[tuple[Case, int, Launch]]:
+    """Everything to compile: each case on each architecture, with the other candidates of its table if asked for."""
+    return [
+        (case, capability, launch)
+        for case in cases()
+        for capability in capabilities
+        for launch in (entries(case, capability) if others else entries(case, capability)[:1])
+    ]
+
+
+def check(case: Case, capability: int, launch: Launch) -> tuple[Resources | None, list[str]]:
+    """What the compiler made of a launch, and what is wrong with it."""
+    try:
+        r = resources(compile_launch(launch, capability))
+    except Exception as error:  # whatever the compiler raises is a finding about this launch, and the next one goes on
+        return None, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
+    return r, problems(case, r, capability, bool(launch.kwargs.get("SPECIALIZE")))
+
+
 def main() -> None:
-    print(f"triton {triton.__version__}")
-    columns = ("sm", *Resources._fields)
-    print(f"{'launch':50}", *(f"{name:>9}" for name in columns), " verdict")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", default=sorted(tiles.CHIPS), help="compute capabilities")
+    parser.add_argument("--match", default="", help="only launches whose name contains this")
+    args = parser.parse_args()
+    found = [w for w in work(args.sm) if args.match in w[0].name]
+    print(f"triton {triton.__version__}: {len(found)} compilations")
+    print(f"{'launch':50} {'tile':38}", *(f"{name:>9}" for name in ("sm", *Resources._fields)), " verdict")
     bad = 0
-    for case in cases():
-        for capability in ARCHITECTURES:
-            r = resources(compile_launch(case.record(capability), capability))
-            found = problems(case, r, capability)
-            bad += bool(found)
-            print(f"{case.name:50}", *(f"{value:9}" for value in (capability, *r)), "", "; ".join(found) or "ok")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (case, capability, launch), (r, wrong) in zip(found, pool.map(lambda w: check(*w), found), strict=True):
+            bad += bool(wrong)
+            values = [f"{v:9}" for v in (capability, *(r or ()))]
+            print(f"{case.name:50} {tile_of(launch):38}", *values, "", "; ".join(wrong) or "ok", flush=True)
+    print(f"{len(found) - bad} of {len(found)} clean")
     raise SystemExit(bad > 0)
 
 

@@ -14,7 +14,7 @@ def dual_linear_kernel(
     M, N, K, num_tasks,
     stride_xm, stride_a_lt, stride_b_lt,
     GATED: tl.constexpr, HAS_A_BIAS: tl.constexpr, HAS_B_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SAVE: tl.constexpr, TASKS: tl.constexpr, SPECIALIZE: tl.constexpr, NUM_SMS: tl.constexpr, TILE: tl.constexpr,
+    SAVE: tl.constexpr, TASKS: tl.constexpr, SPECIALIZE: tl.constexpr, NUM_PROGRAMS: tl.constexpr, TILE: tl.constexpr,
     GROUP_M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """z_a = x Wa^T + ba,  z_b = x Wb^T + bb;   a = act(z_a) * z_b * la[t(m)] if GATED
@@ -33,7 +33,7 @@ def dual_linear_kernel(
         b_z_desc = tl.make_tensor_descriptor(b_z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
         first_m = (tile // group) * GROUP_M
         size_m = min(tiles_m - first_m, GROUP_M)
         pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m

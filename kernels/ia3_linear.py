@@ -47,12 +47,12 @@ def ia3_linear_kernel(
     M, N, K, num_tasks,
     stride_xm, stride_lt, stride_w,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr, TASKS: tl.constexpr, W_KN: tl.constexpr,
-    SPECIALIZE: tl.constexpr, NUM_SMS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
+    SPECIALIZE: tl.constexpr, NUM_PROGRAMS: tl.constexpr, TILE: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = act(z[m, n]) * l[t(m), n],  z = x W^T + b
     x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, N]   y: [M, N]   z: [M, N] if SAVE.
-    Persistent: program p takes the output tiles p, p + NUM_SMS, ...; operands and results by TMA, so every row is
+    Persistent: program p takes the output tiles p, p + NUM_PROGRAMS, ...; operands and results by TMA, so every row is
     16-byte aligned. SPECIALIZE: one warp group loads while two multiply; only with 4 warps and a straight epilogue.
     """
     x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
@@ -65,7 +65,7 @@ def ia3_linear_kernel(
         z_desc = tl.make_tensor_descriptor(z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = GROUP_M * tiles_n
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_SMS, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
         first_m = (tile // group) * GROUP_M
         size_m = min(tiles_m - first_m, GROUP_M)
         pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
@@ -84,6 +84,49 @@ def ia3_linear_kernel(
             activate(acc, ACTIVATION), l_ptr, row_id_ptr, tile_ptr, run_index_ptr, run_end_ptr,
             pid_m, offs_n, mask_n, M, num_tasks, stride_lt, TASKS, BLOCK_M, TILE,
         )  # fmt: skip
+        y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["M", "num_tasks", "rows_per_id"])
+def ia3_linear_feedforward_kernel(
+    x_ptr, w_ptr, bias_ptr, l_ptr, ids_ptr, y_ptr,
+    M, N, K, rows_per_id, num_tasks,
+    stride_xm, stride_lt, stride_w,
+    HAS_IDS: tl.constexpr, HAS_BIAS: tl.constexpr, W_KN: tl.constexpr,
+    SPECIALIZE: tl.constexpr, NUM_PROGRAMS: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y[m, n] = sum over k of (x[m, k] * l[t(m), k]) W[n, k] + b[n], the scaled x rounded to x's dtype
+    x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, K]   ids: [M / rows_per_id]   y: [M, N].
+    Persistent, as ia3_linear_kernel; BLOCK_M divides rows_per_id, so that a tile has one task and one row of scales. x
+    is scaled on its way from shared memory to the tensor cores, which take their left operand from registers.
+    """
+    x_desc = tl.make_tensor_descriptor(x_ptr, [M, K], [stride_xm, 1], [BLOCK_M, BLOCK_K])
+    if W_KN:
+        w_desc = tl.make_tensor_descriptor(w_ptr, [K, N], [stride_w, 1], [BLOCK_K, BLOCK_N])
+    else:
+        w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
+    y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
+        first_m = (tile // group) * GROUP_M
+        size_m = min(tiles_m - first_m, GROUP_M)
+        pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        task = tl.zeros((), tl.int32)
+        if HAS_IDS:
+            task = tl.load(ids_ptr + m // rows_per_id)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if HAS_BIAS:
+            offs_n = n + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            scale = task_scale(l_ptr, task, task.to(tl.int64) * stride_lt + offs_k, offs_k < K, num_tasks)
+            x = (x_desc.load([m, k]).to(tl.float32) * scale[None, :]).to(x_ptr.dtype.element_ty)
+            w = w_desc.load([k, n]) if W_KN else w_desc.load([n, k]).T
+            acc = mma(x, w, acc)
         y_desc.store([m, n], acc.to(y_ptr.dtype.element_ty))
 
 

@@ -1,19 +1,47 @@
 """Launch parameters: pure functions of shape, item size and compute capability. Nothing tunes at run time.
 
-None of the choices below is measured yet on a GPU; each compiles without a spill for sm_80, sm_90 and sm_100
-(tests/compile).
+A tunable function lists its candidates, the first of which runs unless TUNED names another. Every candidate compiles
+without a spill for its architecture (python -m bench.offline); none is measured on a GPU yet.
 """
+
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple
 
 PLAN_TILE = 128  # rows of one tile of a task plan
 CHUNK_ROWS = 256  # rows of one task that are summed in one piece; part of the result, so never a tuning parameter
 SMALL_M = 64  # up to here a matmul reads its weights once in one row tile, and gathers each row's scale
-
-# bytes of shared memory that one block may have, by compute capability
-SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-
-
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 VECTOR_M = 4  # up to here fp32 FMAs on 16-byte loads beat a tensor-core tile that is three quarters padding
+
+
+class Chip(NamedTuple):
+    """What the choices below know of an architecture. Rates: data sheets times 0.8 and 0.9, sm_90 as an H200 holds."""
+
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may have
+    tflops: float  # TFLOP/s of a vendor GEMM in bf16
+    bandwidth: float  # TB/s of a copy
+    efficiency: float  # vendor GEMM's time over that of the persistent kernel, published for other Triton GEMMs
+
+
+CHIPS = {
+    80: Chip(108, 166_912, 250, 1.8, 0.93),  # A100
+    86: Chip(84, 101_376, 100, 0.54, 0.93),  # A10, RTX 3090
+    89: Chip(142, 101_376, 290, 0.78, 0.93),  # L40S, L4, RTX 4090
+    90: Chip(132, 232_448, 790, 4.3, 0.97),  # H100, H200
+    100: Chip(148, 232_448, 1800, 7.2, 0.90),  # B200
+    120: Chip(188, 101_376, 400, 1.6, 0.93),  # RTX PRO 6000, RTX 5090
+}
+
+# (function, capability, bucket(M), N, K, *names of its flags that are true): one of its candidates; or under "vendor"
+# and "vendor feedforward", whether the vendor's matmul and an elementwise pass are the faster.
+# `python -m bench.tune` prints lines for this table.
+TUNED: dict[tuple, dict | bool] = {}
+
+
+def chip(capability: int) -> Chip:
+    """The nearest known architecture below; what is older than all gets the least of them."""
+    return CHIPS[max((known for known in CHIPS if known <= capability), default=86)]
 
 
 def next_power_of_2(n: int) -> int:
@@ -22,6 +50,24 @@ def next_power_of_2(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def bucket(M: int) -> int:
+    """M rounded up to a power of two: a decode batch that grows by a row keeps its kernel. From 8192 on all are one."""
+    return min(next_power_of_2(M), 8192)
+
+
+def tunable(candidates: Callable[..., list[dict]]) -> Callable[..., dict]:
+    """A function of (M, N, K, capability, *, flags) that returns its first candidate, or the one TUNED names."""
+    name = candidates.__name__
+
+    @wraps(candidates)
+    def choose(M: int, N: int, K: int, capability: int, **flags: bool) -> dict:
+        tuned = TUNED.get((name, capability, bucket(M), N, K, *sorted(flag for flag in flags if flags[flag])))
+        return tuned or candidates(M, N, K, capability, **flags)[0]
+
+    choose.candidates = candidates
+    return choose
 
 
 def rowwise(M: int, N: int) -> dict:
@@ -40,120 +86,9 @@ def sum_chunks(N: int) -> dict:
     return dict(BLOCK_N=min(max(next_power_of_2(N), 16), 256), num_warps=2)
 
 
-def linear_is_fused(itemsize: int) -> bool:
-    """Whether ia3_linear runs its own matmul. fp32 does not: without tf32 Triton has no tensor-core form for it."""
-    return itemsize == 2
-
-
-def bucket(M: int) -> int:
-    """M rounded up to a power of two: a decode batch that grows by a row keeps its kernel."""
-    return next_power_of_2(M)
-
-
-def linear(M: int, N: int, K: int, capability: int, erf: bool) -> dict:
-    """Persistent TMA matmul. 128 x 256 has the best reuse; erf spills there: gelu and few tiles take 128 x 128."""
-    shared = SHARED_MEMORY.get(capability, 101_376)
-    if shared < 150_000:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
-    if shared < 200_000:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-    if erf or capability >= 100 or cdiv(bucket(M), 128) * cdiv(N, 256) < MULTIPROCESSORS[capability]:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
-    return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-
-
-def linear_is_small(M: int, N: int, capability: int) -> bool:
-    """Whether small tiles with split K serve: few rows, or up to 1024 whose 128 x 128 tiles leave most SMs idle."""
-    tiles = cdiv(bucket(M), 128) * cdiv(N, 128)
-    return M <= SMALL_M or (M <= 1024 and 2 * tiles <= MULTIPROCESSORS.get(capability, 108))
-
-
-def split_k(blocks: int, K: int, block_k: int, capability: int) -> int:
-    """Parts of K, a power of two: enough programs to fill the chip once, at least 4 K-steps in each, at most 8."""
-    parts = 1
-    while parts < 8 and blocks * parts < 96 * MULTIPROCESSORS.get(capability, 108) // 132 and K >= 8 * parts * block_k:
-        parts *= 2
-    return parts
-
-
-def linear_small(M: int, N: int, K: int, capability: int, contiguous_k: bool, aligned: bool, erf: bool) -> dict:
-    """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows.
-
-    x is read once per column tile, M / BLOCK_N of the weight's bytes: 64 columns up to 16 rows, 128 above.
-    Unaligned rows load 2 bytes at a time, whose addresses fill the registers: a small tile, and two stages.
-    """
-    M = bucket(M)
-    if not aligned:
-        tile = dict(SWAP=True, BLOCK_M=32 if M > 16 else 16, BLOCK_N=64, BLOCK_K=32)
-        return tile | dict(SPLIT=1, num_warps=4, num_stages=2)
-    small = SHARED_MEMORY.get(capability, 101_376) < 150_000
-    if M > 32:
-        wide = (N > 1024 or M > 64) and not small and not (erf and capability < 90)  # erf spills on sm_80
-        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=64, num_warps=8)
-        tile["num_stages"] = 3 if small else 4
-    elif M > 16:
-        wide = N > 6144 and contiguous_k and not small
-        tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=128 if wide else 64, BLOCK_K=64 if wide or small else 128)
-        tile |= dict(num_warps=8 if wide else 4, num_stages=3 if small else 4)
-    else:
-        block_k = 128 if contiguous_k and not small else 64
-        tile = dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=4)
-    blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-    return tile | dict(SPLIT=split_k(blocks, K, tile["BLOCK_K"], capability))
-
-
-def k_per_split(K: int, tile: dict) -> int:
-    """Elements of K in each part: whole K-steps."""
-    return cdiv(cdiv(K, tile["SPLIT"]), tile["BLOCK_K"]) * tile["BLOCK_K"]
-
-
-def linear_one_tile(capability: int) -> dict:
-    """One tile per program: projections of unequal widths. No overlap between tiles, so two blocks per SM share it."""
-    if SHARED_MEMORY.get(capability, 101_376) < 150_000:
-        return dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-
-
-def dual_linear(M: int, N: int, K: int, capability: int, gated: bool, erf: bool) -> dict:
-    """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf spills there: 128 x 2 x 64."""
-    shared = SHARED_MEMORY.get(capability, 101_376)
-    if shared < 150_000:
-        return dict(SPECIALIZE=False, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)
-    if shared < 200_000:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-    if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=128, GROUP_M=8, num_warps=8, num_stages=3)
-    if erf or 2 * cdiv(bucket(M), 128) * cdiv(N, 128) < MULTIPROCESSORS[capability]:
-        return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
-    return dict(SPECIALIZE=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
-
-
-def glu_linear_small(M: int, N: int, K: int, capability: int, aligned: bool) -> dict:
-    """Two weights stream at once, so each has half the bytes in flight of linear_small's tile."""
-    M = bucket(M)
-    small = SHARED_MEMORY.get(capability, 101_376) < 150_000
-    if not aligned:
-        return dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)
-    if M > 16:
-        block_k = 64 if small or capability >= 100 else 128
-        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=3 if block_k == 128 else 4)
-    else:
-        tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
-    blocks = cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"])
-    return tile | dict(SPLIT=split_k(blocks, K, tile["BLOCK_K"], capability))
-
-
 def glu_backward(N: int) -> dict:
     """8 x 256 with 4 warps: 64 to 96 registers and six 16-byte loads in flight per thread."""
     return dict(BLOCK_M=8, BLOCK_N=min(max(next_power_of_2(N), 16), 256), num_warps=4)
-
-
-def linear_vector(M: int, N: int, itemsize: int) -> dict:
-    """Up to 4 rows: 16-byte loads that stay in their thread. BLOCK_K is one such load for each lane of 4 warps."""
-    vector = 16 // itemsize
-    rows = next_power_of_2(M)
-    columns = 8 if rows > 2 or N >= 4096 else 4
-    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=128 * vector, VECTOR=vector, num_warps=4)
 
 
 def prompt_concat(E: int) -> dict:
@@ -164,3 +99,191 @@ def prompt_concat(E: int) -> dict:
 
 def prompt_backward(E: int) -> dict:
     return dict(BLOCK_E=min(max(next_power_of_2(E), 16), 1024), num_warps=4)
+
+
+def fusion_pays(capability: int, flops: float, saved: float, handicap: float = 0.0) -> bool:
+    """Whether our matmul takes less time than the vendor's plus the elementwise pass that it saves.
+
+    flops, saved: floating-point operations of the matmul and bytes of the pass, both per output element. M and N cancel:
+    sm_90 pays up to K = 11,880 for one pass over 16-bit outputs, sm_80 up to 3,690.
+    """
+    tflops, bandwidth, efficiency = chip(capability)[2:]
+    return flops / tflops * (1 / (efficiency - handicap) - 1) <= saved / bandwidth
+
+
+def linear_is_fused(M: int, N: int, K: int, capability: int, gated: bool = False) -> bool:
+    """Whether 16-bit x runs our matmul, or the vendor's and one elementwise pass. Decode always does: its cost is the
+    weights, and the pass would be a launch. gated: two products, and a pass that reads both and writes one."""
+    if ("vendor", capability, bucket(M), N, K) in TUNED:
+        return not TUNED["vendor", capability, bucket(M), N, K]
+    if linear_is_small(M, 2 * N if gated else N, capability):
+        return True
+    return fusion_pays(capability, 4 * K if gated else 2 * K, 6 if gated else 4)
+
+
+def feedforward_is_fused(M: int, N: int, K: int, capability: int) -> bool:
+    """Whether the input is scaled in registers on its way to the tensor cores, or by a pass of its own.
+
+    The way through registers is taken to cost 7 % (not measured); the pass over x is 367 / N of the matmul on sm_90.
+    """
+    if ("vendor feedforward", capability, bucket(M), N, K) in TUNED:
+        return not TUNED["vendor feedforward", capability, bucket(M), N, K]
+    return not linear_is_small(M, N, capability) and fusion_pays(capability, 2 * N, 4, handicap=0.07)
+
+
+def _persistent(m: int, n: int, k: int, warps: int, stages: int, specialize: bool = False, per_sm: int = 1) -> dict:
+    tile = dict(SPECIALIZE=specialize, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8)
+    return tile | dict(BLOCKS_PER_SM=per_sm, num_warps=warps, num_stages=stages)
+
+
+def _by_waves(found: list[dict], M: int, N: int, capability: int) -> list[dict]:
+    """Sorted by the time of their waves of tiles, where the last one takes as long as a full one. A tile with half the
+    reuse is taken to cost 6 % more (not measured)."""
+    largest = max(tile["BLOCK_M"] * tile["BLOCK_N"] for tile in found)
+
+    def cost(tile: dict) -> float:
+        area = tile["BLOCK_M"] * tile["BLOCK_N"]
+        waves = cdiv(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), chip(capability).multiprocessors)
+        return waves * area * (1.0 if area == largest else 1.06)
+
+    return sorted(found, key=cost)
+
+
+@tunable
+def linear(M: int, N: int, K: int, capability: int, *, erf: bool = False, runs: bool = False) -> list[dict]:
+    """Persistent TMA matmul. 128 x 256 has the best reuse, 128 x 128 the shorter last wave; erf spills at 128 x 256.
+
+    The specialised twin, one warp group loading while two multiply, is clean with every epilogue at 128 x 128; at
+    128 x 256 it spills with a bias, and a loop over runs of tasks fails to compile at all.
+    """
+    kind = chip(capability)
+    if kind.shared_memory < 150_000:
+        return [_persistent(128, 64, 64, 4, 3), _persistent(64, 128, 64, 4, 3)]
+    if kind.shared_memory < 200_000:
+        return [_persistent(128, 128, 64, 8, 3), _persistent(128, 128, 32, 8, 4)]
+    square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
+    found = [square] if erf or capability >= 100 else _by_waves([wide, square], M, N, capability)
+    if capability == 90:
+        found += [_persistent(64, 128, 64, 4, 3, per_sm=2)]
+        found += [] if runs else [_persistent(128, 128, 64, 4, 4, specialize=True)]
+    return found
+
+
+@tunable
+def linear_feedforward(M: int, N: int, K: int, capability: int) -> list[dict]:
+    """Persistent TMA matmul whose left operand passes through registers, where it is scaled."""
+    kind = chip(capability)
+    if kind.shared_memory < 150_000:
+        return [_persistent(128, 64, 64, 4, 3)]
+    if kind.shared_memory < 200_000:
+        return [_persistent(128, 128, 64, 8, 3)]
+    square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
+    if capability >= 100:
+        return [square]
+    return _by_waves([wide, square], M, N, capability)
+
+
+def linear_is_small(M: int, N: int, capability: int) -> bool:
+    """Whether small tiles with split K serve: few rows, or up to 1024 whose 128 x 128 tiles leave most SMs idle."""
+    blocks = cdiv(bucket(M), 128) * cdiv(N, 128)
+    return M <= SMALL_M or (M <= 1024 and 2 * blocks <= chip(capability).multiprocessors)
+
+
+def split_k(blocks: int, K: int, block_k: int, capability: int) -> int:
+    """Parts of K, a power of two: enough programs for 0.7 of the SMs, at least 4 K-steps in each, at most 8."""
+    parts = 1
+    while parts < 8 and blocks * parts < 0.72 * chip(capability).multiprocessors and K >= 8 * parts * block_k:
+        parts *= 2
+    return parts
+
+
+def _with_splits(tile: dict, blocks: int, K: int, capability: int) -> list[dict]:
+    """The tile with the split that fills the chip, then with half and twice as many parts."""
+    parts = split_k(blocks, K, tile["BLOCK_K"], capability)
+    others = [p for p in (parts // 2, parts * 2) if p >= 1 and K >= 4 * p * tile["BLOCK_K"]]
+    return [tile | dict(SPLIT=p) for p in (parts, *others)]
+
+
+@tunable
+def linear_small(
+    M: int, N: int, K: int, capability: int, *, aligned: bool = True, w_kn: bool = False, erf: bool = False
+) -> list[dict]:
+    """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows.
+
+    x is read once per column tile, M / BLOCK_N of the weight's bytes: 64 columns up to 16 rows, 128 above.
+    Unaligned rows load 2 bytes at a time, whose addresses fill the registers: a small tile, and two stages.
+    """
+    M = bucket(M)
+    if not aligned:
+        tile = dict(SWAP=True, BLOCK_M=32 if M > 16 else 16, BLOCK_N=64, BLOCK_K=32)
+        return [tile | dict(SPLIT=1, num_warps=4, num_stages=2)]
+    small = chip(capability).shared_memory < 150_000
+    if M > 32:
+        wide = (N > 1024 or M > 64) and not small and not (erf and capability < 90)  # erf spills on sm_80
+        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=64, num_warps=8)
+        tile["num_stages"] = 3 if small else 4
+    elif M > 16:
+        wide = N > 6144 and not w_kn and not small
+        tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=128 if wide else 64, BLOCK_K=64 if wide or small else 128)
+        tile |= dict(num_warps=8 if wide else 4, num_stages=3 if small else 4)
+    else:
+        block_k = 64 if w_kn or small else 128
+        tile = dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=4)
+    return _with_splits(tile, cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), K, capability)
+
+
+def k_per_split(K: int, tile: dict) -> int:
+    """Elements of K in each part: whole K-steps."""
+    return cdiv(cdiv(K, tile["SPLIT"]), tile["BLOCK_K"]) * tile["BLOCK_K"]
+
+
+@tunable
+def linear_vector(M: int, N: int, K: int, capability: int, *, fp32: bool = False) -> list[dict]:
+    """Up to 4 rows: 16-byte loads that stay in their thread. BLOCK_K is one such load for each lane of 4 warps."""
+    vector = 4 if fp32 else 8
+    rows = next_power_of_2(M)
+    tile = dict(BLOCK_M=rows, BLOCK_K=128 * vector, VECTOR=vector, num_warps=4)
+    columns = (8, 4) if rows > 2 or N >= 4096 else (4, 8)
+    return [tile | dict(BLOCK_N=n) for n in columns]
+
+
+@tunable
+def linear_one_tile(M: int, N: int, K: int, capability: int) -> list[dict]:
+    """One tile per program: projections of unequal widths. No overlap between tiles, so two blocks per SM share it."""
+    if chip(capability).shared_memory < 150_000:
+        return [dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)]
+    return [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)]
+
+
+@tunable
+def dual_linear(
+    M: int, N: int, K: int, capability: int, *, gated: bool = False, erf: bool = False, runs: bool = False
+) -> list[dict]:
+    """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf spills there: 128 x 2 x 64."""
+    kind = chip(capability)
+    if kind.shared_memory < 150_000:
+        return [_persistent(64, 64, 64, 4, 3)]
+    if kind.shared_memory < 200_000:
+        return [_persistent(128, 64, 64, 8, 3)]
+    if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there
+        return [_persistent(128, 64, 128, 8, 3)]
+    narrow, wide = _persistent(128, 64, 64, 8, 4), _persistent(128, 128, 64, 8, 3)
+    found = [narrow] if erf else _by_waves([wide, narrow], M, N, capability)
+    if capability == 90 and not runs:
+        found.append(_persistent(128, 128, 64, 4, 3, specialize=True))
+    return found
+
+
+@tunable
+def glu_linear_small(M: int, N: int, K: int, capability: int, *, aligned: bool = True) -> list[dict]:
+    """Two weights stream at once, so each has half the bytes in flight of linear_small's tile."""
+    M = bucket(M)
+    small = chip(capability).shared_memory < 150_000
+    if not aligned:
+        return [dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)]
+    if M > 16:
+        block_k = 64 if small or capability >= 100 else 128
+        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=3 if block_k == 128 else 4)
+    else:
+        tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
+    return _with_splits(tile, cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), K, capability)

@@ -24,6 +24,7 @@ from peft_ops.ops.ia3_linear import (
     check_layer,
     is_fused,
     launch_with_scratch,
+    persistent,
     plan_arguments,
     split_workspace,
 )
@@ -89,7 +90,7 @@ def launch_glu_linear(
     wide = aligned(x, *weights, h)
     with torch.cuda.device_of(x):
         if not wide or tiles.linear_is_small(M, 2 * N, capability):
-            tile = tiles.glu_linear_small(M, N, K, capability, wide)
+            tile = tiles.glu_linear_small(M, N, K, capability, aligned=wide)
             num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
             part, count = split_workspace(x, num_tiles, parts, 2 * M, N)
             kernels.ia3_glu_linear_small_kernel[num_tiles, parts](
@@ -101,38 +102,16 @@ def launch_glu_linear(
             )  # fmt: skip
             return h, g, u
         plan, mode = plan_arguments(task_ids, plan, rows_per_id, M, ia3_l.shape[0])
-        tile = tiles.dual_linear(M, N, K, capability, gated=True, erf=activation == "gelu")
-        grid = (min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"])),)
+        erf, runs = activation == "gelu", mode == "runs"
+        grid, tile = persistent(tiles.dual_linear(M, N, K, capability, gated=True, erf=erf, runs=runs), M, N, num_sms)
         launch_with_scratch(
-            lambda: dual.dual_linear_kernel[grid](
-                x,
-                *weights,
-                *biases,
-                ia3_l,
-                None,
-                *plan,
-                h,
-                None,
-                g,
-                u,
-                M,
-                N,
-                K,
-                ia3_l.shape[0],
-                x.stride(0),
-                ia3_l.stride(0),
-                0,
-                GATED=True,
-                HAS_A_BIAS=has_bias[0],
-                HAS_B_BIAS=has_bias[1],
-                ACTIVATION=activation,
-                SAVE=save,
-                TASKS=mode,
-                NUM_SMS=num_sms,
-                TILE=tiles.PLAN_TILE,
-                **tile,
-            )  # fmt: skip
-        )
+            dual.dual_linear_kernel[grid],
+            x, *weights, *biases, ia3_l, None, *plan, h, None, g, u,
+            M, N, K, ia3_l.shape[0],
+            x.stride(0), ia3_l.stride(0), 0,
+            GATED=True, HAS_A_BIAS=has_bias[0], HAS_B_BIAS=has_bias[1], ACTIVATION=activation, SAVE=save, TASKS=mode,
+            TILE=tiles.PLAN_TILE, **tile,
+        )  # fmt: skip
     return h, g, u
 
 
@@ -205,7 +184,7 @@ def _ia3_glu_linear(
 ):
     op = "ia3_glu_linear"
     lead, rows = (*x.shape[:-1], gate_weight.shape[0]), as_rows(x)
-    if is_fused(op, rows, gate_weight, up_weight):
+    if is_fused(op, rows, gate_weight, up_weight, gated=True):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         weights = gate_weight.contiguous(), up_weight.contiguous()
         h, g, u = launch_glu_linear(

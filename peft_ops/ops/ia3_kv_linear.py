@@ -16,6 +16,7 @@ from peft_ops.ops.ia3_linear import (
     launch_linear,
     launch_with_scratch,
     linear_backward,
+    persistent,
     plan_arguments,
     split_workspace,
 )
@@ -45,7 +46,7 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
     widest = max(k_n, v_n)
     with torch.cuda.device_of(x):
         if M <= tiles.VECTOR_M:
-            tile = tiles.linear_vector(M, widest, x.element_size())
+            tile = tiles.linear_vector(M, widest, K, capability, fp32=x.dtype == torch.float32)
             k_bias, v_bias = _both_biases(k_bias, v_bias, k, v)
             kernels.ia3_kv_linear_vector_kernel[tiles.cdiv(widest, tile["BLOCK_N"]), 2](
                 x, k_weight, v_weight, k_bias, v_bias, *tables, task_ids, k, v,
@@ -54,7 +55,7 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
                 HAS_IDS=task_ids is not None, HAS_BIAS=k_bias is not None, EVEN_K=K % tile["BLOCK_K"] == 0, **tile,
             )  # fmt: skip
         elif tiles.linear_is_small(M, k_n + v_n, capability):
-            tile = tiles.linear_small(M, k_n + v_n, K, capability, True, True, erf=False)
+            tile = tiles.linear_small(M, k_n + v_n, K, capability)
             k_bias, v_bias = _both_biases(k_bias, v_bias, k, v)
             parts, tiles_m = tile["SPLIT"], tiles.cdiv(M, tile["BLOCK_M"])
             k_tiles, v_tiles = (tiles_m * tiles.cdiv(n, tile["BLOCK_N"]) for n in (k_n, v_n))
@@ -67,70 +68,29 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
             )  # fmt: skip
         else:
             plan, mode = plan_arguments(task_ids, plan, rows_per_id, M, tasks)
+            runs = mode == "runs"
             if k_n == v_n:
-                tile = tiles.dual_linear(M, k_n, K, capability, gated=False, erf=False)
-                grid = (min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(k_n, tile["BLOCK_N"])),)
+                tile = tiles.dual_linear(M, k_n, K, capability, runs=runs)
+                grid, tile = persistent(tile, M, k_n, num_sms)
                 launch_with_scratch(
-                    lambda: dual.dual_linear_kernel[grid](
-                        x,
-                        k_weight,
-                        v_weight,
-                        k_bias,
-                        v_bias,
-                        *tables,
-                        *plan,
-                        k,
-                        v,
-                        None,
-                        None,
-                        M,
-                        k_n,
-                        K,
-                        tasks,
-                        x.stride(0),
-                        k_l.stride(0),
-                        v_l.stride(0),
-                        GATED=False,
-                        HAS_A_BIAS=k_bias is not None,
-                        HAS_B_BIAS=v_bias is not None,
-                        ACTIVATION=None,
-                        SAVE=False,
-                        TASKS=mode,
-                        NUM_SMS=num_sms,
-                        TILE=tiles.PLAN_TILE,
-                        **tile,
-                    )  # fmt: skip
-                )
+                    dual.dual_linear_kernel[grid],
+                    x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v, None, None,
+                    M, k_n, K, tasks,
+                    x.stride(0), k_l.stride(0), v_l.stride(0),
+                    GATED=False, HAS_A_BIAS=k_bias is not None, HAS_B_BIAS=v_bias is not None, ACTIVATION=None,
+                    SAVE=False, TASKS=mode, TILE=tiles.PLAN_TILE, **tile,
+                )  # fmt: skip
             else:
-                tile = tiles.linear_one_tile(capability)
+                tile = tiles.linear_one_tile(M, k_n + v_n, K, capability)
                 tiles_n = tiles.cdiv(k_n, tile["BLOCK_N"]) + tiles.cdiv(v_n, tile["BLOCK_N"])
-                grid = (tiles.cdiv(M, tile["BLOCK_M"]) * tiles_n,)
                 launch_with_scratch(
-                    lambda: kernels.ia3_kv_linear_kernel[grid](
-                        x,
-                        k_weight,
-                        v_weight,
-                        k_bias,
-                        v_bias,
-                        *tables,
-                        *plan,
-                        k,
-                        v,
-                        M,
-                        k_n,
-                        v_n,
-                        K,
-                        tasks,
-                        x.stride(0),
-                        k_l.stride(0),
-                        v_l.stride(0),
-                        HAS_K_BIAS=k_bias is not None,
-                        HAS_V_BIAS=v_bias is not None,
-                        TASKS=mode,
-                        TILE=tiles.PLAN_TILE,
-                        **tile,
-                    )  # fmt: skip
-                )
+                    kernels.ia3_kv_linear_kernel[(tiles.cdiv(M, tile["BLOCK_M"]) * tiles_n,)],
+                    x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v,
+                    M, k_n, v_n, K, tasks,
+                    x.stride(0), k_l.stride(0), v_l.stride(0),
+                    HAS_K_BIAS=k_bias is not None, HAS_V_BIAS=v_bias is not None, TASKS=mode, TILE=tiles.PLAN_TILE,
+                    **tile,
+                )  # fmt: skip
     return k, v
 
 

@@ -49,7 +49,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch_with_scratch(launch: Callable[[], None]) -> None:
+def launch_with_scratch(launch: Callable, *args, **kwargs) -> None:
     """Run a launch whose kernel makes TMA descriptors in device memory.
 
     Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched.
@@ -59,9 +59,18 @@ def launch_with_scratch(launch: Callable[[], None]) -> None:
         import triton
 
         triton.set_allocator(_scratch)
-        launch()
+        launch(*args, **kwargs)
 
     copy_context().run(run)
+
+
+def persistent(tile: dict, M: int, N: int, num_sms: int) -> tuple[tuple[int], dict]:
+    """Grid of a persistent kernel, no larger than its tiles are many, and its constexpr arguments."""
+    tile = dict(tile)
+    programs = num_sms * tile.pop("BLOCKS_PER_SM")
+    return (min(programs, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"])),), dict(
+        tile, NUM_PROGRAMS=programs
+    )
 
 
 def plan_arguments(task_ids, plan, rows_per_id: int, M: int, num_tasks: int) -> tuple[tuple[Tensor | None, ...], str]:
@@ -74,37 +83,19 @@ def plan_arguments(task_ids, plan, rows_per_id: int, M: int, num_tasks: int) -> 
 
 def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms) -> None:
     (M, K), N = x.shape, weight.shape[0]
-    tile = tiles.linear(M, N, K, capability, erf=activation == "gelu")
     plan, mode = plan_arguments(task_ids, plan, rows_per_id, M, ia3_l.shape[0])
+    tile = tiles.linear(M, N, K, capability, erf=activation == "gelu", runs=mode == "runs")
+    grid, tile = persistent(tile, M, N, num_sms)
     w_kn = weight.stride(1) != 1
-    programs = min(num_sms, tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]))
     with torch.cuda.device_of(x):
         launch_with_scratch(
-            lambda: kernels.ia3_linear_kernel[(programs,)](
-                x,
-                weight,
-                bias,
-                ia3_l,
-                *plan,
-                y,
-                z,
-                M,
-                N,
-                K,
-                ia3_l.shape[0],
-                x.stride(0),
-                ia3_l.stride(0),
-                weight.stride(1 if w_kn else 0),
-                HAS_BIAS=bias is not None,
-                ACTIVATION=activation,
-                SAVE=z is not None,
-                TASKS=mode,
-                W_KN=w_kn,
-                NUM_SMS=num_sms,
-                TILE=tiles.PLAN_TILE,
-                **tile,
-            )  # fmt: skip
-        )
+            kernels.ia3_linear_kernel[grid],
+            x, weight, bias, ia3_l, *plan, y, z,
+            M, N, K, ia3_l.shape[0],
+            x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
+            HAS_BIAS=bias is not None, ACTIVATION=activation, SAVE=z is not None, TASKS=mode, W_KN=w_kn,
+            TILE=tiles.PLAN_TILE, **tile,
+        )  # fmt: skip
 
 
 def split_workspace(x: Tensor, num_tiles: int, parts: int, M: int, N: int) -> tuple[Tensor | None, Tensor | None]:
@@ -132,7 +123,8 @@ def _counters(x: Tensor, count: int) -> Tensor:
 
 def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, takes_wide) -> None:
     (M, K), N = x.shape, weight.shape[0]
-    tile = tiles.linear_small(M, N, K, capability, weight.stride(1) == 1, takes_wide, erf=activation == "gelu")
+    w_kn, erf = weight.stride(1) != 1, activation == "gelu"
+    tile = tiles.linear_small(M, N, K, capability, aligned=takes_wide, w_kn=w_kn, erf=erf)
     num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
     part, count = split_workspace(x, num_tiles, parts, M, N)
     with torch.cuda.device_of(x):
@@ -145,9 +137,9 @@ def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability
         )  # fmt: skip
 
 
-def _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z) -> None:
+def _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z, capability) -> None:
     (M, K), N = x.shape, weight.shape[0]
-    tile = tiles.linear_vector(M, N, x.element_size())
+    tile = tiles.linear_vector(M, N, K, capability, fp32=x.dtype == torch.float32)
     with torch.cuda.device_of(x):
         kernels.ia3_linear_vector_kernel[(tiles.cdiv(N, tile["BLOCK_N"]),)](
             x, weight, bias, ia3_l, task_ids, y, z,
@@ -170,10 +162,10 @@ def launch_linear(
     if y.numel() == 0:
         return y, z
     capability, num_sms = capability_of(x)
-    stored = weight if weight.stride(1) == 1 else weight.t()
+    stored = _stored(weight)
     takes_wide = aligned(x, stored, y)
     if M <= tiles.VECTOR_M and takes_wide and stored is weight:
-        _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z)
+        _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z, capability)
     elif takes_wide and not tiles.linear_is_small(M, N, capability):
         _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms)
     else:
@@ -181,26 +173,76 @@ def launch_linear(
     return y, z
 
 
-def is_fused(op: str, x: Tensor, *weights: Tensor) -> bool:
-    """Whether our own matmul runs on x [M, K]. The interpreter, and a backend chosen by name, run it always."""
+def launch_feedforward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ia3_l: Tensor, task_ids: Tensor | None
+) -> Tensor:
+    """y = (x * l[t]) W^T + b, [M, N] in x's dtype; rows aligned, each id for whole tiles of 128 rows."""
+    (M, K), N = x.shape, weight.shape[0]
+    bias, task_ids = (None if t is None else t.contiguous() for t in (bias, task_ids))
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    capability, num_sms = capability_of(x)
+    grid, tile = persistent(tiles.linear_feedforward(M, N, K, capability), M, N, num_sms)
+    w_kn = weight.stride(1) != 1
+    with torch.cuda.device_of(x):
+        launch_with_scratch(
+            kernels.ia3_linear_feedforward_kernel[grid],
+            x, weight, bias, ia3_l, task_ids, y,
+            M, N, K, M if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
+            x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
+            HAS_IDS=task_ids is not None, HAS_BIAS=bias is not None, W_KN=w_kn, **tile,
+        )  # fmt: skip
+    return y
+
+
+def _stored(weight: Tensor) -> Tensor:
+    """The weight with its contiguous dimension last."""
+    return weight if weight.stride(1) == 1 else weight.t()
+
+
+def is_fused(op: str, x: Tensor, *weights: Tensor, gated: bool = False) -> bool:
+    """Whether our own matmul runs on x [M, K]: in the interpreter always, for a backend chosen by name on any 16-bit x.
+
+    fp32 on a GPU is the vendor's: it follows torch's float32 matmul precision, and Triton has no tensor-core form for
+    full precision. Unaligned rows too, which would load 2 bytes at a time.
+    """
     if not use_triton(op, x) or x.shape[1] == 0:
         return False
-    if not x.is_cuda or get_backend() == "triton":
+    if not x.is_cuda:
         return True
-    stored = [w if w.stride(1) == 1 else w.t() for w in weights]
-    return aligned(x, *stored) and tiles.linear_is_fused(x.element_size())
+    if x.element_size() != 2:
+        return False
+    N = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
+    chosen = aligned(x, *map(_stored, weights)) and tiles.linear_is_fused(
+        x.shape[0], N, x.shape[1], capability_of(x)[0], gated
+    )
+    return chosen or get_backend() == "triton"
+
+
+def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | None) -> bool:
+    """Whether x [M, K] is scaled inside the matmul: tiles of one task each, rows that TMA takes, and a gain."""
+    if not use_triton(op, x) or x.numel() == 0 or (x.is_cuda and x.element_size() != 2):
+        return False
+    (M, K), N = x.shape, weight.shape[0]
+    one_task = task_ids is None or (M // task_ids.numel()) % tiles.PLAN_TILE == 0
+    if not (one_task and N % 16 == 0 and aligned(x, _stored(weight))):
+        return False
+    if not x.is_cuda or get_backend() == "triton":
+        return M > tiles.SMALL_M
+    return tiles.feedforward_is_fused(M, N, K, capability_of(x)[0])
 
 
 def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
     op = "ia3_linear"
     nothing = x.new_empty(0)
+    rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
     if is_feedforward:
-        return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
-    rows = as_rows(x)
+        if not feedforward_is_fused(op, rows, weight, task_ids):
+            return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
+        check_ids_in_range(op, task_ids, ia3_l.shape[0])
+        return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
     if is_fused(op, rows, weight):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
-        lead = (*x.shape[:-1], weight.shape[0])
         return shaped(y, lead), shaped(z, lead) if save else nothing
     z = F.linear(x, weight, bias)
     y = scale_forward(op, z, ia3_l, task_ids, activation)
