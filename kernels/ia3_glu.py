@@ -114,17 +114,17 @@ def ia3_glu_linear_small_kernel(
     M, N, K, rows_per_id, num_tasks, k_per_split,
     stride_xm, stride_lt, stride_wn, stride_wk,
     HAS_IDS: tl.constexpr, HAS_G_BIAS: tl.constexpr, HAS_U_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    SAVE: tl.constexpr, EVEN_K: tl.constexpr, SPLIT: tl.constexpr,
+    SAVE: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """h = act(g) * u * l[t],  g = x Wg^T + bg,  u = x Wu^T + bu;  for few rows
     x: [M, K] rows strided   Wg, Wu: [N, K], equal strides   h, g, u: [M, N]   part: fp32 [2, SPLIT, M, N].
-    One program per output tile and part of K; the weight tile is the left operand; parts as in ia3_linear_small_kernel.
+    One program per output tile and part of K; SWAP and parts as in ia3_linear_small_kernel.
     """
     tile, pid_k = tl.program_id(0), tl.program_id(1)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)  # neighbours share their weight tiles: they leave DRAM once, whatever M is
+    offs_m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     first = pid_k * k_per_split
     last = tl.minimum(first + k_per_split, K)
@@ -132,8 +132,12 @@ def ia3_glu_linear_small_kernel(
     rows, cols = tl.minimum(offs_m, M - 1).to(tl.int64), tl.minimum(offs_n, N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :]
     w_offs = cols[:, None] * stride_wn + offs_k[None, :].to(tl.int64) * stride_wk
-    g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if SWAP:
+        g = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(first, last, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -144,11 +148,12 @@ def ia3_glu_linear_small_kernel(
             x = tl.load(x_ptrs, mask=mask_k, other=0.0)
             g_w = tl.load(g_w_ptr + w_offs, mask=mask_k, other=0.0)
             u_w = tl.load(u_w_ptr + w_offs, mask=mask_k, other=0.0)
-        g = mma(g_w, x.T, g)
-        u = mma(u_w, x.T, u)
+        g = mma(g_w, x.T, g) if SWAP else mma(x, g_w.T, g)
+        u = mma(u_w, x.T, u) if SWAP else mma(x, u_w.T, u)
         x_ptrs += BLOCK_K
         w_offs += BLOCK_K * stride_wk
-    g, u = g.T, u.T
+    if SWAP:
+        g, u = g.T, u.T
     if SPLIT > 1:
         mask = mask_m[:, None] & mask_n[None, :]
         g_ptrs = part_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]

@@ -97,7 +97,7 @@ def ia3_linear_feedforward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] = sum over k of (x[m, k] * l[t(m), k]) W[n, k] + b[n], the scaled x rounded to x's dtype
-    x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   b: [N]   l: [num_tasks, K]   ids: [M / rows_per_id]   y: [M, N].
+    x: [M, K] rows strided   W: [N, K], or [K, N] if W_KN   l: [num_tasks, K]   ids: [M / rows_per_id]   y: [M, N].
     Persistent, as ia3_linear_kernel; BLOCK_M divides rows_per_id, so that a tile has one task and one row of scales. x
     is scaled on its way from shared memory to the tensor cores, which take their left operand from registers.
     """
@@ -161,9 +161,9 @@ def small_tile(
 ):  # fmt: skip
     """One output tile, or with SPLIT the sum over one part of K: program axis 0 is the tile, axis 1 the part."""
     tile, pid_k = tl.program_id(0), tl.program_id(1)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)  # neighbours share a weight tile: it leaves DRAM once, whatever M is
+    offs_m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tile // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     first = pid_k * k_per_split
     last = tl.minimum(first + k_per_split, K)

@@ -104,8 +104,8 @@ def prompt_backward(E: int) -> dict:
 def fusion_pays(capability: int, flops: float, saved: float, handicap: float = 0.0) -> bool:
     """Whether our matmul takes less time than the vendor's plus the elementwise pass that it saves.
 
-    flops, saved: floating-point operations of the matmul and bytes of the pass, both per output element. M and N cancel:
-    sm_90 pays up to K = 11,880 for one pass over 16-bit outputs, sm_80 up to 3,690.
+    flops, saved: operations of the matmul and bytes of the pass, both per output element; M and N cancel. One pass over
+    16-bit outputs pays for sm_90 up to K = 11,880, for sm_80 up to 3,690.
     """
     tflops, bandwidth, efficiency = chip(capability)[2:]
     return flops / tflops * (1 / (efficiency - handicap) - 1) <= saved / bandwidth
@@ -137,14 +137,14 @@ def _persistent(m: int, n: int, k: int, warps: int, stages: int, specialize: boo
 
 
 def _by_waves(found: list[dict], M: int, N: int, capability: int) -> list[dict]:
-    """Sorted by the time of their waves of tiles, where the last one takes as long as a full one. A tile with half the
-    reuse is taken to cost 6 % more (not measured)."""
+    """Sorted by the time of their waves of tiles, where the last one takes as long as a full one. Half the tile draws a
+    third more from the L2 cache, and is taken to cost 15 % more time (not measured)."""
     largest = max(tile["BLOCK_M"] * tile["BLOCK_N"] for tile in found)
 
     def cost(tile: dict) -> float:
         area = tile["BLOCK_M"] * tile["BLOCK_N"]
         waves = cdiv(cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), chip(capability).multiprocessors)
-        return waves * area * (1.0 if area == largest else 1.06)
+        return waves * area * (1.0 if area == largest else 1.15)
 
     return sorted(found, key=cost)
 
@@ -158,7 +158,8 @@ def linear(M: int, N: int, K: int, capability: int, *, erf: bool = False, runs: 
     """
     kind = chip(capability)
     if kind.shared_memory < 150_000:
-        return [_persistent(128, 64, 64, 4, 3), _persistent(64, 128, 64, 4, 3)]
+        found = [_persistent(128, 64, 64, 4, 3)]
+        return found if runs else [*found, _persistent(64, 128, 64, 4, 3)]
     if kind.shared_memory < 200_000:
         return [_persistent(128, 128, 64, 8, 3), _persistent(128, 128, 32, 8, 4)]
     square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
@@ -180,7 +181,8 @@ def linear_feedforward(M: int, N: int, K: int, capability: int) -> list[dict]:
     square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
     if capability >= 100:
         return [square]
-    return _by_waves([wide, square], M, N, capability)
+    found = _by_waves([wide, square], M, N, capability)
+    return found + [_persistent(128, 256, 64, 4, 3, specialize=True), _persistent(128, 128, 64, 4, 4, specialize=True)]
 
 
 def linear_is_small(M: int, N: int, capability: int) -> bool:
@@ -210,7 +212,8 @@ def linear_small(
 ) -> list[dict]:
     """Few rows: the weights stream once, bytes in flight count. Above 32 rows x itself fills wgmma's 64 rows.
 
-    x is read once per column tile, M / BLOCK_N of the weight's bytes: 64 columns up to 16 rows, 128 above.
+    x is read once per column tile, M / BLOCK_N of the weight's bytes: 64 columns up to 16 rows, 128 above. From 65 rows
+    on the L2 cache's bandwidth is what counts, and 128 x 128 halves what 64 x 128 reads per product.
     Unaligned rows load 2 bytes at a time, whose addresses fill the registers: a small tile, and two stages.
     """
     M = bucket(M)
@@ -218,12 +221,14 @@ def linear_small(
         tile = dict(SWAP=True, BLOCK_M=32 if M > 16 else 16, BLOCK_N=64, BLOCK_K=32)
         return [tile | dict(SPLIT=1, num_warps=4, num_stages=2)]
     small = chip(capability).shared_memory < 150_000
-    if M > 32:
-        wide = (N > 1024 or M > 64) and not small and not (erf and capability < 90)  # erf spills on sm_80
+    if M > 64 and not small:
+        tile = dict(SWAP=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    elif M > 32:
+        wide = N > 1024 and not small and not (erf and capability < 90)  # erf spills on sm_80
         tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=64, num_warps=8)
         tile["num_stages"] = 3 if small else 4
     elif M > 16:
-        wide = N > 6144 and not w_kn and not small
+        wide = N > 6144 and not w_kn and capability >= 90 and not small  # sm_80 spills
         tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=128 if wide else 64, BLOCK_K=64 if wide or small else 128)
         tile |= dict(num_warps=8 if wide else 4, num_stages=3 if small else 4)
     else:
@@ -268,6 +273,8 @@ def dual_linear(
     if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there
         return [_persistent(128, 64, 128, 8, 3)]
     narrow, wide = _persistent(128, 64, 64, 8, 4), _persistent(128, 128, 64, 8, 3)
+    if capability >= 100 and runs:  # narrow spills 13 there
+        return [wide]
     found = [narrow] if erf else _by_waves([wide, narrow], M, N, capability)
     if capability == 90 and not runs:
         found.append(_persistent(128, 128, 64, 4, 3, specialize=True))
@@ -280,10 +287,13 @@ def glu_linear_small(M: int, N: int, K: int, capability: int, *, aligned: bool =
     M = bucket(M)
     small = chip(capability).shared_memory < 150_000
     if not aligned:
-        return [dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)]
-    if M > 16:
+        return [dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)]
+    if M > 32:
+        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=64 if small else 128, BLOCK_K=64, num_warps=8, num_stages=3)
+    elif M > 16:
         block_k = 64 if small or capability >= 100 else 128
-        tile = dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=3 if block_k == 128 else 4)
+        tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4)
+        tile["num_stages"] = 3 if block_k == 128 else 4
     else:
-        tile = dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
+        tile = dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4 if small else 5)
     return _with_splits(tile, cdiv(M, tile["BLOCK_M"]) * cdiv(N, tile["BLOCK_N"]), K, capability)

@@ -1,0 +1,175 @@
+"""Measure the candidates of kernels/tiles.py on this GPU and print the lines to paste into its table TUNED.
+
+    python -m bench.tune                         # every layer and row count of bench/shapes.py
+    python -m bench.tune --match kv --rows 1 16  # some of them
+    python -m bench.tune --dry-run               # without a GPU: what would be measured, and what to expect
+
+A candidate is checked against fp64 before it is timed. A line is printed only where one beats what runs now by more
+than the noise floor: another tile, or "vendor", the vendor's matmul and one elementwise pass.
+"""
+
+import argparse
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import peft_ops
+from bench import model, offline
+from bench.harness import BASELINE_AGAIN, Ratio, compare, copies_for
+from bench.shapes import LAYERS, ROWS, Layer
+from peft_ops import reference
+from peft_ops.kernels import tiles
+from peft_ops.ops.ia3_linear import capability_of
+
+TASKS, SEQUENCE = 8, 512  # prefill and training rows come in sequences of one task, decode rows one by one
+NOW = "runs now"
+
+
+class Inputs:
+    """One set of buffers of a layer: random, at the scale of activations and of trained vectors."""
+
+    def __init__(self, layer: Layer, M: int, device: torch.device, dtype: torch.dtype):
+        self.layer = layer
+        _, op, N, K, _ = layer
+        sequences = M // SEQUENCE if M % SEQUENCE == 0 else M
+        self.x = torch.randn(sequences, M // sequences, K, device=device).to(dtype)
+        self.ids = torch.randint(-1, TASKS, (sequences,), device=device)
+        self.weights = [
+            (torch.randn(N, K, device=device) * K**-0.5).to(dtype) for _ in range(1 + (op in ("kv", "glu")))
+        ]
+        width = K if op == "feedforward" else N
+        self.tables = [torch.rand(TASKS, width, device=device) + 0.5 for _ in range(1 + (op == "kv"))]
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.x, *self.weights))
+
+    def double(self) -> "Inputs":
+        other = object.__new__(Inputs)
+        other.layer, other.ids, other.x = self.layer, self.ids, self.x.double()
+        other.weights, other.tables = [w.double() for w in self.weights], [t.double() for t in self.tables]
+        return other
+
+
+def apply(ops: ModuleType, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The layer by the public operators, or with ops=reference by their specification."""
+    op, activation = inputs.layer.op, inputs.layer.activation
+    x, ids, weights, tables = inputs.x, inputs.ids, inputs.weights, inputs.tables
+    if op == "kv":
+        return ops.ia3_kv_linear(x, *weights, k_ia3_l=tables[0], v_ia3_l=tables[1], task_ids=ids)
+    if op == "glu":
+        return (ops.ia3_glu_linear(x, *weights, ia3_l=tables[0], task_ids=ids, activation=activation),)
+    keywords = dict(is_feedforward=True) if op == "feedforward" else dict(activation=activation)
+    return (ops.ia3_linear(x, *weights, ia3_l=tables[0], task_ids=ids, **keywords),)
+
+
+def is_right(inputs: Inputs) -> bool:
+    """Whether the operator is as close to fp64 as torch's arithmetic in the same dtype: twice its largest error, plus
+    the rounding of the largest value."""
+    for ours, torchs, exact in zip(
+        apply(peft_ops, inputs), apply(reference, inputs), apply(reference, inputs.double()), strict=True
+    ):
+        unit = torch.finfo(ours.dtype).eps * exact.abs().max()
+        if not (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + unit:  # NaN is wrong too
+            return False
+    return True
+
+
+def vendor_key(layer: Layer, M: int, capability: int) -> tuple:
+    name = "vendor feedforward" if layer.op == "feedforward" else "vendor"
+    return name, capability, tiles.bucket(M), layer.N * (2 if layer.op == "kv" else 1), layer.K
+
+
+def candidates(inputs: Inputs, M: int, capability: int) -> dict[str, dict]:
+    """Entries of TUNED to try, by name: each tile of each table that the call asks, and the vendor's matmul."""
+    vendor = vendor_key(inputs.layer, M, capability)
+    with offline.tuned({vendor: False}) as asked:
+        apply(peft_ops, inputs)
+    found = {
+        f"{key[0]} {model.short(tile)}": {vendor: False, key: tile}
+        for key in dict.fromkeys(asked.keys_asked)
+        for tile in offline.candidates(key)
+    }
+    return found | {"vendor": {vendor: True}}
+
+
+def measure(layer: Layer, M: int, device: torch.device, seconds: float) -> tuple[dict[str, Ratio], dict[str, dict]]:
+    """Each candidate's time over that of what runs now."""
+    first = Inputs(layer, M, device, torch.bfloat16)
+    copies = copies_for(first.nbytes(), device)
+    sets = [first, *(Inputs(layer, M, device, torch.bfloat16) for _ in range(copies - 1))]
+    entries = candidates(first, M, capability_of(first.x)[0])
+
+    def call(entry: dict):
+        def run(i: int):
+            with offline.tuned(entry):
+                apply(peft_ops, sets[i])
+
+        return run
+
+    calls = {NOW: call(tiles.TUNED)}
+    for name, entry in entries.items():
+        with offline.tuned(entry):
+            if is_right(first):
+                calls[name] = call(entry)
+            else:
+                print(f"# {layer.name} M={M}: {name} is WRONG and was not timed", flush=True)
+    return compare(calls, NOW, copies, device, seconds), entries
+
+
+def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dict]) -> list[str]:
+    """What to paste into TUNED: the best candidate, if it wins by more than the noise floor."""
+    again = ratios[BASELINE_AGAIN]
+    floor = max(abs(again.low - 1), abs(again.high - 1))
+    best = min(entries.keys() & ratios.keys(), key=lambda name: ratios[name].ratio)
+    r = ratios[best]
+    if r.ratio >= 1 - floor:
+        return []
+    chosen = entries[best]
+    pasted = {key: value for key, value in chosen.items() if value or len(chosen) == 1}
+    note = f"# {layer.name}: {r.ratio:.3f} of the first candidate's time, noise {floor:.3f}"
+    return [f"    {key!r}: {value!r},  {note}" for key, value in pasted.items()]
+
+
+def expectations(layer: Layer, M: int, capability: int) -> list[str]:
+    base = model.bare(layer, M, tiles.chip(capability))
+    return [
+        f"{layer.name:24} {M:6} {f'{name} {model.short(tile)}':34} {p.seconds * 1e6:9.1f} {p.seconds / base:7.3f}"
+        for name, tile, p in model.choices(layer, M, capability)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", default="", help="only layers whose name contains this")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on one layer and row count")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--sm", type=int, default=90, choices=sorted(tiles.CHIPS), help="for --dry-run")
+    args = parser.parse_args()
+    work = [(layer, M) for layer in LAYERS if args.match in layer.name for M in args.rows]
+    if args.dry_run:
+        print(
+            f"predicted for sm_{args.sm}, nothing is measured\n{'layer':24} {'rows':>6} {'candidate':34} {'us':>9} {'/ bare':>7}"
+        )
+        for layer, M in work:
+            print("\n".join(expectations(layer, M, args.sm)))
+        return
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: --dry-run shows what would be measured")
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    pasted = []
+    for layer, M in work:
+        with torch.no_grad():
+            ratios, entries = measure(layer, M, device, args.seconds)
+        for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
+            print(
+                f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})"
+            )
+        pasted += lines(layer, M, ratios, entries)
+    print("\n".join(["", "TUNED = {", *pasted, "}"]))
+
+
+if __name__ == "__main__":
+    main()
