@@ -20,7 +20,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo test test-native test-interpreter test-compile nightly bench lint clean
+.PHONY: help setup demo test test-native test-interpreter test-compile nightly kernels bench lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -44,6 +44,12 @@ test-compile: setup  ## the Triton kernels compiled for GPUs that need not be th
 
 nightly: MARKS = nightly or not nightly
 nightly: test  ## the same suites with their wider cross products
+
+kernels: setup  ## what the compiler makes of every kernel and tile for every GPU; TRITON=3.6.0 asks that version
+ifdef TRITON
+	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+endif
+	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
 
 bench: setup  ## the CPU kernels beside PEFT's arithmetic
 	$(PY) -m bench.native_cpu $(ARGS)

@@ -1,6 +1,7 @@
 """Compile what the launchers launch, for GPUs that are not here, and read what the compiler made of it.
 
-    python -m bench.offline            # every launch below, for sm_80, sm_90 and sm_100
+    python -m bench.offline            # every launch below with every candidate of its table, for every architecture
+    python -m bench.offline --sm 90 --match glu
 
 A launcher runs on meta tensors with its kernels recorded instead of launched, so that types, divisibility and tiles are
 those of the real call; the recorded call is then compiled for each architecture. Needs triton and its bundled tools, no
@@ -13,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
@@ -426,7 +427,7 @@ def tile_of(launch: Launch) -> str:
     )
 
 
-def work(capabilities=ARCHITECTURES, others: bool = True) -> list[tuple[Case, int, Launch]]:
+def work(capabilities: Iterable[int], others: bool = True) -> list[tuple[Case, int, Launch]]:
     """Everything to compile: each case on each architecture, with the other candidates of its table if asked for."""
     return [
         (case, capability, launch)
@@ -436,10 +437,16 @@ def work(capabilities=ARCHITECTURES, others: bool = True) -> list[tuple[Case, in
     ]
 
 
+_known: dict[str, Resources] = {}  # by the compiled kernel's hash: several launches share one
+
+
 def check(case: Case, capability: int, launch: Launch) -> tuple[Resources | None, list[str]]:
     """What the compiler made of a launch, and what is wrong with it."""
     try:
-        r = resources(compile_launch(launch, capability))
+        kernel = compile_launch(launch, capability)
+        if kernel.hash not in _known:
+            _known[kernel.hash] = resources(kernel)
+        r = _known[kernel.hash]
     except Exception as error:  # whatever the compiler raises is a finding about this launch, and the next one goes on
         return None, [f"{type(error).__name__}: {str(error).splitlines()[0]}"]
     return r, problems(case, r, capability, bool(launch.kwargs.get("SPECIALIZE")))

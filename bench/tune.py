@@ -149,9 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     work = [(layer, M) for layer in LAYERS if args.match in layer.name for M in args.rows]
     if args.dry_run:
-        print(
-            f"predicted for sm_{args.sm}, nothing is measured\n{'layer':24} {'rows':>6} {'candidate':34} {'us':>9} {'/ bare':>7}"
-        )
+        print(f"predicted for sm_{args.sm}, nothing is measured")
+        print(f"{'layer':24} {'rows':>6} {'candidate':34} {'us':>9} {'/ bare':>7}")
         for layer, M in work:
             print("\n".join(expectations(layer, M, args.sm)))
         return

@@ -124,6 +124,7 @@ def ia3_linear_feedforward_kernel(
         for k in range(0, K, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             scale = task_scale(l_ptr, task, task.to(tl.int64) * stride_lt + offs_k, offs_k < K, num_tasks)
+            scale = tl.where(offs_k < K, scale, 0.0)  # TMA gives x zeros there, and 0 x NaN is NaN
             x = (x_desc.load([m, k]).to(tl.float32) * scale[None, :]).to(x_ptr.dtype.element_ty)
             w = w_desc.load([k, n]) if W_KN else w_desc.load([n, k]).T
             acc = mma(x, w, acc)

@@ -158,8 +158,7 @@ def linear(M: int, N: int, K: int, capability: int, *, erf: bool = False, runs: 
     """
     kind = chip(capability)
     if kind.shared_memory < 150_000:
-        found = [_persistent(128, 64, 64, 4, 3)]
-        return found if runs else [*found, _persistent(64, 128, 64, 4, 3)]
+        return [_persistent(128, 128, 32, 8, 4), _persistent(128, 64, 64, 4, 3)]
     if kind.shared_memory < 200_000:
         return [_persistent(128, 128, 64, 8, 3), _persistent(128, 128, 32, 8, 4)]
     square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
@@ -175,7 +174,7 @@ def linear_feedforward(M: int, N: int, K: int, capability: int) -> list[dict]:
     """Persistent TMA matmul whose left operand passes through registers, where it is scaled."""
     kind = chip(capability)
     if kind.shared_memory < 150_000:
-        return [_persistent(128, 64, 64, 4, 3)]
+        return [_persistent(128, 128, 32, 8, 4)]
     if kind.shared_memory < 200_000:
         return [_persistent(128, 128, 64, 8, 3)]
     square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
@@ -202,7 +201,7 @@ def split_k(blocks: int, K: int, block_k: int, capability: int) -> int:
 def _with_splits(tile: dict, blocks: int, K: int, capability: int) -> list[dict]:
     """The tile with the split that fills the chip, then with half and twice as many parts."""
     parts = split_k(blocks, K, tile["BLOCK_K"], capability)
-    others = [p for p in (parts // 2, parts * 2) if p >= 1 and K >= 4 * p * tile["BLOCK_K"]]
+    others = [p for p in (parts // 2, parts * 2) if 1 <= p <= 8 and K >= 4 * p * tile["BLOCK_K"]]
     return [tile | dict(SPLIT=p) for p in (parts, *others)]
 
 
@@ -221,8 +220,9 @@ def linear_small(
         tile = dict(SWAP=True, BLOCK_M=32 if M > 16 else 16, BLOCK_N=64, BLOCK_K=32)
         return [tile | dict(SPLIT=1, num_warps=4, num_stages=2)]
     small = chip(capability).shared_memory < 150_000
-    if M > 64 and not small:
-        tile = dict(SWAP=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3)
+    if M > 64 and not (erf and capability >= 100):  # which spills 14 to 46
+        tile = dict(SWAP=False, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if small else 64, num_warps=8)
+        tile["num_stages"] = 4 if small else 3
     elif M > 32:
         wide = N > 1024 and not small and not (erf and capability < 90)  # erf spills on sm_80
         tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=64, num_warps=8)
@@ -256,7 +256,7 @@ def linear_vector(M: int, N: int, K: int, capability: int, *, fp32: bool = False
 def linear_one_tile(M: int, N: int, K: int, capability: int) -> list[dict]:
     """One tile per program: projections of unequal widths. No overlap between tiles, so two blocks per SM share it."""
     if chip(capability).shared_memory < 150_000:
-        return [dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=3)]
+        return [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)]
     return [dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)]
 
 
@@ -267,7 +267,7 @@ def dual_linear(
     """Two accumulators over one x: 128 x 2 x 128 with 3 stages on sm_90. erf spills there: 128 x 2 x 64."""
     kind = chip(capability)
     if kind.shared_memory < 150_000:
-        return [_persistent(64, 64, 64, 4, 3)]
+        return [_persistent(64, 128, 32, 8, 4), _persistent(128, 64, 64, 8, 2)]  # 128 x 64 x 32 spills 2 to 4
     if kind.shared_memory < 200_000:
         return [_persistent(128, 64, 64, 8, 3)]
     if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there

@@ -1,4 +1,4 @@
-"""Every launch of the package compiles for sm_80, sm_90 and sm_100 without a spill; its own process, for the
+"""Every launch of the package compiles without a spill, on every architecture; a process of its own, for the
 interpreter cannot compile."""
 
 import os
@@ -12,30 +12,32 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 import triton
 import triton.language as tl
 
-from bench.offline import ARCHITECTURES, Case, Launch, _meta, cases, compile_launch, problems, resources
+from bench.offline import Case, Launch, _meta, check, compile_launch, problems, resources, tile_of, work
+from peft_ops.kernels import tiles
 
-CASES = [(case, capability) for case in cases() for capability in ARCHITECTURES]
+
+def named(found):
+    return {f"{case.name}-sm{sm}-{tile_of(launch)}".replace(" ", "_"): (case, sm, launch) for case, sm, launch in found}
+
+
+# what runs on the three server chips, and on Hopper also what may be tuned to run; every chip and candidate at night
+WORK = named([*work((80, 90, 100), others=False), *work((90,))])
+EVERYTHING = named(work(tiles.CHIPS))
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly, id=name) for name in EVERYTHING if name not in WORK]
 
 
 @pytest.fixture(scope="module")
-def measured():
-    """Recording is not thread-safe and takes no time; ptxas and nvdisasm are processes of their own, so two threads
-    keep two cores busy."""
-    launches = [case.record(capability) for case, capability in CASES]
+def checked(request):
+    """ptxas and nvdisasm are processes of their own, so that as many threads keep all cores busy."""
+    wanted = [item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [
-            pool.submit(lambda a: resources(compile_launch(*a)), (launch, c))
-            for launch, (_, c) in zip(launches, CASES, strict=True)
-        ]
-        return {(case.name, c): future for (case, c), future in zip(CASES, futures, strict=True)}
+        yield {name: pool.submit(check, *EVERYTHING[name]) for name in wanted}
 
 
-@pytest.mark.parametrize(
-    ("case", "capability"), CASES, ids=[f"{case.name}-sm{c}".replace(" ", "_") for case, c in CASES]
-)
-def test_compiles_clean(case, capability, measured):
-    r = measured[case.name, capability].result()
-    assert not problems(case, r, capability), r
+@pytest.mark.parametrize("name", [*WORK, *NIGHTLY])
+def test_compiles_clean(name, checked):
+    r, wrong = checked[name].result()
+    assert not wrong, r
 
 
 @triton.jit
