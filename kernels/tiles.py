@@ -59,10 +59,11 @@ def bucket(M: int) -> int:
 
 def tunable(candidates: Callable[..., list[dict]]) -> Callable[..., dict]:
     """A function of (M, N, K, capability, *, flags) that returns its first candidate, or the one TUNED names."""
-    name = candidates.__name__
+    name, defaults = candidates.__name__, candidates.__kwdefaults__ or {}
 
     @wraps(candidates)
     def choose(M: int, N: int, K: int, capability: int, **flags: bool) -> dict:
+        flags = defaults | flags
         tuned = TUNED.get((name, capability, bucket(M), N, K, *sorted(flag for flag in flags if flags[flag])))
         return tuned or candidates(M, N, K, capability, **flags)[0]
 
