@@ -73,13 +73,13 @@ def test_parts_of_k_cover_it_once(capability, K, tuned):
 @pytest.mark.parametrize("capability", sorted(tiles.CHIPS))
 def test_model_knows_every_choice(capability, tuned):
     """Every layer and row count is predicted, and what dispatch takes is never worse than the unfused path by more than
-    a fifth, as far as the model can tell."""
+    a third, as far as the model can tell."""
     for layer in LAYERS:
         for M in ROWS:
             found = model.choices(layer, M, capability)
             assert all(p.seconds > model.LAUNCH for _, _, p in found)
             vendor = next(p.seconds for name, _, p in found if name == "vendor")
-            assert found[0][2].seconds <= 1.2 * vendor, (layer, M, found[0])
+            assert found[0][2].seconds <= 1.3 * vendor, (layer, M, found[0])
 
 
 def test_compare_finds_the_slower_one():
