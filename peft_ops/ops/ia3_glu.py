@@ -232,7 +232,7 @@ def _glu_linear_backward(ctx, dh, *_):
     (dg, du), dl = glu_backward(dh, g, u, ia3_l, task_ids, ctx.activation, need_dx, need_l)
     dx = None
     if need_x:  # both products into one dx: no third tensor of its size, no addition of its own
-        dx = torch.addmm(as_matrix(dg) @ gate_weight, as_matrix(du), up_weight).view(*dh.shape[:-1], up_weight.shape[1])
+        dx = (as_matrix(dg) @ gate_weight).addmm_(as_matrix(du), up_weight).view(*dh.shape[:-1], up_weight.shape[1])
     rows = None if x is None else as_matrix(x)
     dgw, duw = (as_matrix(d).t() @ rows if need else None for d, need in ((dg, need_gw), (du, need_uw)))
     dgb, dub = (as_matrix(d).sum(0) if need else None for d, need in ((dg, need_gb), (du, need_ub)))

@@ -151,12 +151,14 @@ def _backward(ctx, dk, dv, *_):
         (dk, k_weight, k_l, zk, (need_x, need_kw, need_kb, need_kl)),
         (dv, v_weight, v_l, zv, (need_x, need_vw, need_vb, need_vl)),
     )
-    (dx_k, dkw, dkb, dkl), (dx_v, dvw, dvb, dvl) = (
-        # an output that nobody used has no gradient, and its tensors get none
-        (None, None, None, None) if dy is None else linear_backward(dy, x, weight, table, task_ids, z, None, needs)
-        for dy, weight, table, z, needs in sides
-    )
-    dx = dx_k + dx_v if dx_k is not None and dx_v is not None else dx_v if dx_k is None else dx_k
+    dx, grads = None, []
+    for dy, weight, table, z, needs in sides:
+        if dy is None:  # an output that nobody used has no gradient, and its tensors get none
+            grads.append((None, None, None))
+            continue
+        dx, *rest = linear_backward(dy, x, weight, table, task_ids, z, None, needs, onto=dx)
+        grads.append(rest)
+    (dkw, dkb, dkl), (dvw, dvb, dvl) = grads
     return dx, dkw, dvw, dkb, dvb, dkl, dvl, None, None, None, None
 
 

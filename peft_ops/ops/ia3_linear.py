@@ -279,12 +279,17 @@ def as_matrix(t: Tensor) -> Tensor:
     return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
-def linear_backward(dy, x, weight, ia3_l, task_ids, z, activation, needs: tuple[bool, bool, bool, bool]):
-    """Gradients of act(z) * ia3_l[t], z = x W^T + b, for x, W, b and ia3_l; None where not needed."""
+def linear_backward(
+    dy, x, weight, ia3_l, task_ids, z, activation, needs: tuple[bool, bool, bool, bool], onto: Tensor | None = None
+):
+    """Gradients of act(z) * ia3_l[t], z = x W^T + b, for x, W, b and ia3_l; None where not needed. The gradient of x is
+    added to `onto`, in place, where another use of x has left its own: no second tensor of its size."""
     need_x, need_weight, need_bias, need_l = needs
     need_dz = need_x or need_weight or need_bias
     dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, activation, need_dz, need_l)
-    dx = dz @ weight if need_x else None
+    dx = onto
+    if need_x:
+        dx = dz @ weight if onto is None else as_matrix(onto).addmm_(as_matrix(dz), weight).view(onto.shape)
     dweight = as_matrix(dz).t() @ as_matrix(x) if need_weight else None
     return dx, dweight, as_matrix(dz).sum(0) if need_bias else None, dl
 
