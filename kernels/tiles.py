@@ -163,6 +163,8 @@ def linear(M: int, N: int, K: int, capability: int, *, erf: bool = False, runs: 
     if kind.shared_memory < 200_000:
         return [_persistent(128, 128, 64, 8, 3), _persistent(128, 128, 32, 8, 4)]
     square, wide = _persistent(128, 128, 64, 8, 4), _persistent(128, 256, 64, 8, 3)
+    if erf and capability >= 100:  # 128 x 128 spills up to 12 there
+        return [_persistent(128, 64, 64, 4, 4)]
     found = [square] if erf or capability >= 100 else _by_waves([wide, square], M, N, capability)
     if capability == 90:
         found += [_persistent(64, 128, 64, 4, 3, per_sm=2)]
@@ -271,8 +273,8 @@ def dual_linear(
         return [_persistent(64, 128, 32, 8, 4), _persistent(128, 64, 64, 8, 2)]  # 128 x 64 x 32 spills 2 to 4
     if kind.shared_memory < 200_000:
         return [_persistent(128, 64, 64, 8, 3)]
-    if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there
-        return [_persistent(128, 64, 128, 8, 3)]
+    if gated and capability >= 100:  # 128 x 2 x 128 spills 19 to 53 registers there, a BLOCK_K of 128 up to 6
+        return [_persistent(128, 64, 64, 8, 3)]
     narrow, wide = _persistent(128, 64, 64, 8, 4), _persistent(128, 128, 64, 8, 3)
     if capability >= 100 and runs:  # narrow spills 13 there
         return [wide]
@@ -290,7 +292,8 @@ def glu_linear_small(M: int, N: int, K: int, capability: int, *, aligned: bool =
     if not aligned:
         return [dict(SWAP=True, BLOCK_M=16, BLOCK_N=64, BLOCK_K=32, SPLIT=1, num_warps=4, num_stages=2)]
     if M > 32:
-        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=64 if small else 128, BLOCK_K=64, num_warps=8, num_stages=3)
+        block_n = 64 if small or capability >= 100 else 128  # 128 spills up to 4 on sm_100
+        tile = dict(SWAP=False, BLOCK_M=64, BLOCK_N=block_n, BLOCK_K=64, num_warps=8, num_stages=3)
     elif M > 16:
         block_k = 64 if small or capability >= 100 else 128
         tile = dict(SWAP=True, BLOCK_M=32, BLOCK_N=64, BLOCK_K=block_k, num_warps=4)
