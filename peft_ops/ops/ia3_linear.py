@@ -218,12 +218,12 @@ def is_fused(op: str, x: Tensor, *weights: Tensor, gated: bool = False) -> bool:
     return chosen or get_backend() == "triton"
 
 
-def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | None) -> bool:
+def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | None, rows_per_id: int) -> bool:
     """Whether x [M, K] is scaled inside the matmul: tiles of one task each, rows that TMA takes, and a gain."""
     if not use_triton(op, x) or x.numel() == 0 or (x.is_cuda and x.element_size() != 2):
         return False
     (M, K), N = x.shape, weight.shape[0]
-    one_task = task_ids is None or (M // task_ids.numel()) % tiles.PLAN_TILE == 0
+    one_task = task_ids is None or rows_per_id % tiles.PLAN_TILE == 0
     if not (one_task and N % 16 == 0 and aligned(x, _stored(weight))):
         return False
     if not x.is_cuda or get_backend() == "triton":
@@ -236,7 +236,7 @@ def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation,
     nothing = x.new_empty(0)
     rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
     if is_feedforward:
-        if not feedforward_is_fused(op, rows, weight, task_ids):
+        if not feedforward_is_fused(op, rows, weight, task_ids, rows_per_id):
             return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
