@@ -187,9 +187,16 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dk, dv, *_):
     x, k_weight, v_weight, k_l, v_l, task_ids, zk, zv = ctx.saved_tensors
     need_x, need_kw, need_vw, need_kb, need_vb, need_kl, need_vl = ctx.needs_input_grad[:7]
-    dx_k, dkw, dkb, dkl = linear_backward(dk, x, k_weight, k_l, task_ids, zk, None, (need_x, need_kw, need_kb, need_kl))
-    dx_v, dvw, dvb, dvl = linear_backward(dv, x, v_weight, v_l, task_ids, zv, None, (need_x, need_vw, need_vb, need_vl))
-    dx = dx_k + dx_v if need_x else None
+    sides = (
+        (dk, k_weight, k_l, zk, (need_x, need_kw, need_kb, need_kl)),
+        (dv, v_weight, v_l, zv, (need_x, need_vw, need_vb, need_vl)),
+    )
+    (dx_k, dkw, dkb, dkl), (dx_v, dvw, dvb, dvl) = (
+        # an output that nobody used has no gradient, and its tensors get none
+        (None, None, None, None) if dy is None else linear_backward(dy, x, weight, table, task_ids, z, None, needs)
+        for dy, weight, table, z, needs in sides
+    )
+    dx = dx_k + dx_v if dx_k is not None and dx_v is not None else dx_v if dx_k is None else dx_k
     return dx, dkw, dvw, dkb, dvb, dkl, dvl, None, None, None, None
 
 
