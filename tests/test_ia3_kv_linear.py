@@ -41,6 +41,8 @@ from tests.conftest import (
 
 pytestmark = pytest.mark.kernels
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="a question where kernels run")
+# for what the dtype does not change: the interpreter is slow
+any_dtype = pytest.mark.parametrize("dtype", [torch.float16] if INTERPRET else DTYPES, ids=name_of)
 
 NAN, INF = float("nan"), float("inf")
 NAMES = "x", "k_weight", "v_weight", "k_bias", "v_bias", "k_ia3_l", "v_ia3_l"
@@ -51,7 +53,7 @@ SHAPES = {
     "vector": (3, 48, 16, 144),
     "small": (17, 48, 80, 48),
     "split": (6, 16, 80, 1040),
-    "dual": (130, 144, 144, 80),
+    "dual": (130, 80, 80, 80),
     "unequal": (66, 32, 144, 48),
 }
 
@@ -124,7 +126,7 @@ def launched():
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_forward(shape, dtype):
-    for biases in ("", "k", "v", "kv"):
+    for biases in ("k", "v") if INTERPRET and dtype != torch.float16 else ("", "k", "v", "kv"):
         tensors = make(*shape, dtype, biases=biases)
         ids = ids_like("sorted" if INTERPRET and shape[0] > 64 else "uniform", shape[0], 3)
         got = run(tensors, ids)
@@ -133,6 +135,7 @@ def test_forward(shape, dtype):
             assert equal(got, run_two(tensors, ids))
 
 
+@any_dtype
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_equals_two_linears_bitwise_where_a_table_trains(shape, dtype):
     """There z is wanted, and each side has the launch of ia3_linear."""
@@ -142,9 +145,10 @@ def test_equals_two_linears_bitwise_where_a_table_trains(shape, dtype):
     assert equal(run(tensors, ids), run_two(tensors, ids))
 
 
+@any_dtype
 @pytest.mark.parametrize("l_dtype", DTYPES, ids=name_of)
 def test_vectors_of_any_dtype(l_dtype, dtype):
-    for shape in ((3, 32, 16, 32), (9, 32, 16, 32), (80, 32, 32, 32), (80, 32, 16, 32)):
+    for shape in ((3, 32, 16, 32), (9, 32, 16, 32), (70, 32, 32, 32), (70, 32, 16, 32)):
         tensors, ids = make(*shape, dtype, l_dtype=l_dtype), ids_like("sorted", shape[0], 3)
         check(run(tensors, ids), tensors, ids.tolist())
 
@@ -155,6 +159,7 @@ def test_tables_of_two_dtypes(dtype):
     check(run(tensors, ids), tensors, ids.tolist())
 
 
+@any_dtype
 @pytest.mark.parametrize("S", [2, 35], ids=["small", "large"])
 @pytest.mark.parametrize("selection", ["one", "sequence", "token", "beams", "plan", "packed"])
 def test_every_way_to_select_tasks(selection, S, dtype):
@@ -181,7 +186,8 @@ def test_one_task_needs_no_ids(dtype):
     x, *weights, k_l, v_l = tensors = make(9, 32, 16, 32, dtype, 1)
     want = run(tensors, torch.zeros(9, dtype=torch.int64, device=DEVICE))
     assert equal(run(tensors), want) and equal(run((x, *weights, k_l[0], v_l[0])), want)
-    check([y[None] for y in run((x[0], *weights, k_l[0], v_l[0]))], (x[:1], *tensors[1:]), [0])
+    check(want, tensors, [0] * 9)
+    assert equal([y[None] for y in run((x[0], *weights, k_l[0], v_l[0]))], run((x[:1], *tensors[1:])))
 
 
 # sequences, rows of each, way to select: tiles of one task, two, three, and many; none a multiple of the tile
@@ -189,12 +195,12 @@ TILES = {
     "one": (None, 150, "one"),
     "two of 128": (2, 128, "two"),
     "two of 150": (2, 150, "two"),
-    "two of 127": (2, 127, "runs"),
     "three of 60": (3, 60, "runs"),
     "token": (90, 1, "runs"),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 @pytest.mark.parametrize("V_N", [16, 32], ids=["dual", "unequal"])
 @pytest.mark.parametrize("case", TILES)
 def test_tasks_of_a_tile(case, V_N, dtype):
@@ -253,9 +259,7 @@ def test_which_kernel_runs_by_its_own_rule(monkeypatch):
     for shape, kernel in (
         ((65, 48, 48, 32), "kv small"),
         ((130, 48, 16, 528), "kv split"),
-        ((1025, 16, 16, 16), "dual runs"),
-        ((520, 768, 768, 16), "dual runs"),
-        ((520, 1520, 16, 16), "kv runs"),
+        ((513, 1424, 16, 16), "kv runs"),
     ):
         tensors, ids = make(*shape, torch.float16), ids_like("sorted", shape[0], 3)
         with launched() as kinds:
@@ -326,6 +330,7 @@ def test_split_k_shares_its_counters_with_ia3_linear(monkeypatch):
         assert not pool.any()
 
 
+@any_dtype
 @pytest.mark.parametrize("shape", [(40, 32, 16, 32), (140, 32, 32, 32)], ids=["small", "large"])
 def test_mixed_batch_equals_each_task_alone(shape, dtype):
     for num_tasks in (1, 2, 8, 64):
@@ -336,6 +341,7 @@ def test_mixed_batch_equals_each_task_alone(shape, dtype):
             assert equal([y[ids == t] for y in mixed], [y[ids == t] for y in alone])
 
 
+@any_dtype
 def test_rows_are_independent(dtype):
     """Other rows get other ids, NaN and Inf, and their tasks NaN and Inf in the vectors: this row stays, bit by bit."""
     generator = torch.Generator().manual_seed(1)
@@ -403,6 +409,7 @@ def test_specials_propagate_as_in_torch(dtype):
             assert torch.equal(y.isposinf(), want.isposinf()) and torch.equal(y.isneginf(), want.isneginf())
 
 
+@any_dtype
 @pytest.mark.parametrize("bad", BAD_IDS)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_bad_id(bad, ids_dtype, dtype):
@@ -426,15 +433,15 @@ KERNELS_WITH_IDS = {
     "vector": (4, 1, 21, 5, 144, "kv vector"),
     "small": (4, 5, 33, 69, 24, "kv small"),
     "split": (4, 5, 80, 16, 1040, "kv split"),
-    "dual two": (4, 140, 32, 32, 32, "dual two"),
+    "dual two": (3, 130, 32, 32, 32, "dual two"),
     "dual runs": (4, 50, 32, 32, 32, "dual runs"),
-    "unequal two": (4, 140, 32, 144, 32, "kv two"),
+    "unequal two": (3, 130, 32, 144, 32, "kv two"),
     "unequal runs": (90, 1, 144, 32, 32, "kv runs"),
 }
 
 
 @needs_kernels
-@pytest.mark.parametrize("bad", BAD_IDS)
+@pytest.mark.parametrize("bad", [BAD_IDS[0], *BAD_IDS[3:]])
 @pytest.mark.parametrize("case", KERNELS_WITH_IDS)
 def test_bad_id_in_every_kernel(case, bad):
     """NaN in its own rows, written there; the other rows, and what stands around all results, stay right."""
@@ -472,6 +479,7 @@ def test_guards_stay_intact():
             assert_guards(buffer)
 
 
+@any_dtype
 @pytest.mark.parametrize(
     "shape",
     [(0, 16, 16, 16), (3, 0, 16, 16), (5, 16, 0, 16), (70, 0, 16, 16), (70, 16, 0, 16), (70, 0, 0, 16), (3, 0, 0, 16),
@@ -490,6 +498,7 @@ def test_zero_sizes(shape, dtype):
     assert M or not any(g.any() for g in grads)
 
 
+@any_dtype
 def test_zero_sequences_and_zero_tokens(dtype):
     _, *rest = make(1, 16, 32, 16, dtype)
     for lead in ((0, 3), (2, 0), (2, 0, 3)):
@@ -501,6 +510,7 @@ def test_zero_sequences_and_zero_tokens(dtype):
             assert torch.autograd.grad((k, v), x, (torch.ones_like(k), torch.ones_like(v)))[0].shape == x.shape
 
 
+@any_dtype
 def test_tables_without_tasks_serve_the_base_model(dtype):
     for M in (3, 9, 66):
         *rest, k_l, v_l = make(M, 16, 32, 16, dtype)
@@ -508,6 +518,7 @@ def test_tables_without_tasks_serve_the_base_model(dtype):
         assert equal(got, run((*rest, torch.ones_like(k_l[0]), torch.ones_like(v_l[0]))))
 
 
+@any_dtype
 @pytest.mark.parametrize("w_layout", W_LAYOUTS)
 @pytest.mark.parametrize("x_layout", X_LAYOUTS)
 def test_layouts(x_layout, w_layout, dtype):
@@ -539,6 +550,7 @@ def test_layouts(x_layout, w_layout, dtype):
             torch.testing.assert_close(dx, want)
 
 
+@any_dtype
 @pytest.mark.parametrize("shape", [(3, 32, 16, 32), (6, 32, 16, 32), (68, 32, 32, 32), (68, 32, 16, 32)])
 def test_bias_table_and_ids_strided(shape, dtype):
     """Read by their strides: views of something wider. Beside them stand other numbers."""
@@ -580,6 +592,7 @@ def test_gradients(shape, dtype):
             assert_like_torch(a, b, c)
 
 
+@any_dtype
 @pytest.mark.parametrize("used", [0, 1], ids=["k", "v"])
 @pytest.mark.parametrize("M", [6, 70])
 def test_gradients_of_one_output(M, used, dtype):
@@ -639,6 +652,7 @@ SAVED = [
 ]  # fmt: skip
 
 
+@any_dtype
 @pytest.mark.parametrize(("grad", "saved"), SAVED, ids=["+".join(g) or "nothing" for g, _ in SAVED])
 @pytest.mark.parametrize("M", [50, 90])
 def test_saved_for_backward(M, grad, saved, dtype, monkeypatch):
@@ -689,14 +703,15 @@ def test_bad_id_has_nan_gradient_of_its_own_row_only(M):
 
 
 def test_repeats_are_bitwise_equal(dtype):
-    for shape in ((3, 32, 16, 32), (9, 16, 32, 2048), (66, 16, 16, 16), (66, 16, 32, 16)):
+    for shape in ((3, 32, 16, 32), (9, 16, 32, 1024), (66, 16, 16, 16), (66, 16, 32, 16)):
         tensors, ids = make(*shape, dtype), ids_like("sorted", shape[0], 3)
         dy = [torch.randn(shape[0], N, device=DEVICE).to(dtype) for N in shape[1:3]]
-        first = *run(tensors, ids), *gradients(lambda *t, ids=ids: run(t, ids), tensors, dy)
-        times = 250 if DEVICE == "cuda" else 50 if dtype == torch.float16 and shape[0] == 3 else 5
-        for _ in range(times):
-            again = *run(tensors, ids), *gradients(lambda *t, ids=ids: run(t, ids), tensors, dy)
-            assert equal(again, first)
+        first, grads = run(tensors, ids), gradients(lambda *t, ids=ids: run(t, ids), tensors, dy)
+        often = dtype == torch.float16 and shape[0] < 64
+        for i in range(250 if DEVICE == "cuda" else 50 if often else 2):
+            assert equal(run(tensors, ids), first)
+            if DEVICE == "cuda" or i < 2:
+                assert equal(gradients(lambda *t, ids=ids: run(t, ids), tensors, dy), grads)
 
 
 def test_loss_scale_of_a_power_of_two_is_exact():
@@ -768,7 +783,9 @@ OPCHECK_LAYOUTS = {
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("with_ids", [False, True], ids=["one_task", "ids"])
+@pytest.mark.parametrize(
+    "with_ids", [True] if INTERPRET else [False, True], ids=lambda ids: "ids" if ids else "one_task"
+)
 @pytest.mark.parametrize("layout", OPCHECK_LAYOUTS)
 def test_opcheck(layout, with_ids, grad):
     _, *rest = make(1, 16, 32, 16, num_tasks=3 if with_ids else 1)
@@ -792,7 +809,7 @@ def test_operator_refuses_a_table_gradient_without_z():
             torch.ops.peft_ops.ia3_kv_linear(*rest, *tables, ids_like("uniform", 4, 3), None, 1, False)
 
 
-@pytest.mark.parametrize("selection", ["ids", "plan", "packed", "k alone"])
+@pytest.mark.parametrize("selection", ["packed", "k alone"] if INTERPRET else ["ids", "plan", "packed", "k alone"])
 def test_compiles_with_dynamic_batches(selection):
     def loss(*tensors):
         *tensors, ids = tensors
@@ -886,6 +903,7 @@ def test_higher_derivatives_refuse():
                 run(duals)
 
 
+@any_dtype
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_activation_checkpointing_is_bitwise(reentrant, dtype):
     for M in (9, 66):
