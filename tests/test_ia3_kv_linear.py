@@ -573,6 +573,7 @@ def test_gradients(shape, dtype):
     M, K_N, V_N, _ = shape
     tensors = make(*shape, dtype, biases="v" if M == 80 else "kv")
     ids = ids_like("sorted" if INTERPRET and M > 64 else "uniform", M, 3)
+    ids[0] = 1  # torch gives a table that no row reads no gradient at all
     dy = [torch.randn(M, N, device=DEVICE).to(dtype) for N in (K_N, V_N)]
 
     def torchs(*tensors):
