@@ -466,14 +466,7 @@ needs_kernels = pytest.mark.skipif(not KERNELS, reason="a question where kernels
         (65, 48, 520, 0, False, "small"),
         (65, 48, 512, 1, False, "small"),
         (1024, 128, 16, 0, False, "small"),
-        (
-            520,
-            1536,
-            16,
-            0,
-            False,
-            "runs",
-        ),  # counts as 1024 rows: 96 tiles fill half of any GPU
+        (520, 1536, 16, 0, False, "runs"),  # counts as 1024 rows: 96 tiles fill half of an H200
         (1025, 48, 16, 0, True, "runs"),
     ],
 )
@@ -486,6 +479,73 @@ def test_which_kernel_runs(M, N, K, offset, transposed, kernel, real_rule):
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
     assert launched(seen) == [kernel]
     check(y, x, weight, b, ia3_l, ids.tolist())
+
+
+def prologue(x, weight, b, ia3_l, ids, num_tasks=3):
+    """ia3_linear of the input side, and whether its kernel scaled x on the way to the tensor cores."""
+    with launches(ops.kernels) as seen, peft_ops.set_backend("auto" if INTERPRET else "triton"):
+        y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, is_feedforward=True)
+    return y, [name for name, _ in seen] == ["ia3_linear_feedforward_kernel"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("transposed", [False, True], ids=["nk", "kn"])
+@pytest.mark.parametrize("tasks", ["one", "sequences", "plan", "base", "bad"])
+def test_feedforward_prologue(tasks, transposed, dtype):
+    """Tiles of one task each: x is scaled and rounded in registers, as the pass of its own would have done it."""
+    if not fused(dtype):
+        pytest.skip("fp32 runs on F.linear")
+    for B, S, N, K in ((3, 128, 48, 80), (1, 256, 144, 64)):
+        x, weight, b, ia3_l = make(B * S, N, K, dtype, is_feedforward=True, bias=N == 48)
+        weight = weight.t().contiguous().t() if transposed else weight
+        x = torch.cat([x, x + NAN], 1)[:, :K].view(B, S, K)  # strided rows
+        ids = {"base": [-1] * 3, "bad": [1, 7, -1]}.get(tasks, [2, 0, -1])[:B]
+        task_ids = torch.tensor(ids, device=DEVICE)
+        if tasks == "one":
+            ids, task_ids, ia3_l = [0] * B, None, ia3_l[0]
+        elif tasks == "plan":
+            task_ids = plan_tasks(task_ids, B * S, 3)
+        with guarded_allocations():
+            y, fused_in = prologue(x, weight, b, ia3_l, task_ids)
+        assert fused_in
+        table, rows = ia3_l.view(-1, K), [i for i in ids for _ in range(S)]
+        bad, rows = torch.tensor([i == 7 for i in rows], device=DEVICE), [i if i != 7 else -1 for i in rows]
+        want = expected(x.reshape(-1, K), weight, b, table, rows, is_feedforward=True)
+        fp64 = expected(*doubled(x.reshape(-1, K), weight, b, table), rows, is_feedforward=True)
+        y = y.view(B * S, N)
+        assert y[bad].isnan().all()
+        assert_like_torch(y[~bad], want[~bad], fp64[~bad])
+
+
+@needs_kernels
+def test_feedforward_prologue_needs_tiles_of_one_task():
+    """Tiles that two tasks share, few rows, unaligned rows: a pass of its own scales x, and the bits are PEFT's."""
+    for B, S, N, K in (
+        (3, 64, 48, 64),
+        (2, 192, 48, 64),
+        (130, 1, 48, 64),
+        (1, 64, 48, 64),
+        (1, 128, 40, 64),
+        (1, 128, 48, 24),
+    ):
+        x, weight, b, ia3_l = make(B * S, N, K, torch.float16, is_feedforward=True)
+        ids = ids_like("uniform", B, 3)
+        y, fused_in = prologue(x.view(B, S, K), weight, b, ia3_l, ids)
+        assert not fused_in, (B, S, N, K)
+        check(y.view(B * S, N), x, weight, b, ia3_l, ids.repeat_interleave(S).tolist(), is_feedforward=True)
+
+
+@needs_kernels
+def test_feedforward_prologue_rows_are_independent():
+    x, weight, b, ia3_l = make(384, 32, 48, torch.float16, is_feedforward=True)
+    x, ids = x.view(3, 128, 48), torch.tensor([0, 2, 1], device=DEVICE)
+    want, fused_in = prologue(x, weight, b, ia3_l, ids)
+    assert fused_in
+    for other in (-1, 0, 2):
+        x2, ids2 = x.clone(), ids.clone()
+        x2[[0, 2]], ids2[[0, 2]] = torch.randn_like(x2[[0, 2]]) * 100, other
+        x2[0, 3, 5] = NAN
+        assert torch.equal(prologue(x2, weight, b, ia3_l, ids2)[0][1], want[1])
 
 
 @needs_kernels
@@ -501,7 +561,7 @@ def test_vector_kernel(M, activation, dtype):
         x, weight = torch.cat([x, x + NAN], 1)[:, :K], torch.cat([weight, weight + NAN], 1)[:, :K]
         with guarded_allocations():
             y, z = torch.empty((M, N), dtype=dtype, device=DEVICE), torch.empty((M, N), dtype=dtype, device=DEVICE)
-            ops._launch_vector(x, weight, b, ia3_l, ids, activation, y, z)
+            ops._launch_vector(x, weight, b, ia3_l, ids, activation, y, z, 90)
         rows = [0] * M if ids is None else (ids if len(ids) == M else ids.repeat(M)).tolist()
         good = [i for i, t in enumerate(rows) if t < 3]
         check(y[good], x[good], weight, b, ia3_l, [rows[i] for i in good], activation)
@@ -687,7 +747,7 @@ def test_base_rows_are_the_unscaled_result(M, dtype):
         x[0], x[3, 0], ia3_l[:] = 0, INF, NAN
         ids = torch.where(torch.arange(M, device=DEVICE) < M // 2, -1, 1)
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, **kwargs)
-        bare = ia3_linear(x, weight, b, ia3_l=torch.ones_like(ia3_l[0]), **kwargs)
+        bare = ia3_linear(x, weight, b, ia3_l=torch.ones_like(ia3_l), task_ids=torch.zeros_like(ids), **kwargs)
         assert_same(y[: M // 2], bare[: M // 2], bitwise=True)
         assert y[M // 2 :].isnan().all()
         if "activation" not in kwargs and not fused(dtype):
