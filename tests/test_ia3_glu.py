@@ -48,6 +48,12 @@ def kind(request, monkeypatch):
     return request.param
 
 
+# what strides, ids and autograd do, no dtype changes
+one_dtype = pytest.mark.parametrize("dtype", [torch.float16], ids=name_of)
+matmuls = pytest.mark.parametrize("kind", ["linear", "large"] if KERNELS else ["linear"], indirect=True)
+persistent = pytest.mark.parametrize("kind", ["large"], indirect=True)
+
+
 def rows_of(kind, few):
     """A number of rows that reaches the kernel meant: `few`, or just more than 64."""
     return 66 if kind == "large" else few
@@ -72,20 +78,31 @@ def call(tensors, ids=None, activation="silu", module=peft_ops):
 
 def expected(tensors, rows, activation="silu"):
     """The specification as torch computes it in the tensors' dtype: PEFT's arithmetic, one vector per row."""
-    if len(tensors) == 3:
-        gate, up, ia3_l = tensors
-    else:
-        x, gate_weight, up_weight, gate_bias, up_bias, ia3_l = tensors
-        gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    gate, up, ia3_l = tensors if len(tensors) == 3 else layers(tensors)
     dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
     return ((ACTIVATIONS[activation](gate) * up).to(dtype) * scales(ia3_l, rows, dtype)).to(gate.dtype)
 
 
-def check(got, tensors, rows, activation="silu"):
+def layers(tensors):
+    """gate, up and ia3_l of the six tensors, by torch's own layers."""
+    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l = tensors
+    return F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias), ia3_l
+
+
+def check(got, tensors, rows, activation="silu", called=None):
+    """The fp64 rule; a matmul that no kernel fuses is torch's two layers and the elementwise operator, bit by bit.
+
+    tensors: rows as a matrix. called: as the operator got them, whose strides and batches show in F.linear's bits.
+    """
     rows = [0] * tensors[0].shape[0] if rows is None else rows
     assert got.dtype == tensors[0].dtype and got.is_contiguous()
-    fp64 = expected(doubled(*tensors), rows, activation)
-    assert_like_torch(got, expected(tensors, rows, activation), fp64, elementwise=True)
+    if len(tensors) == 6 and not ops.is_fused("ia3_glu_linear", *tensors[:3]):
+        gate, up, ia3_l = layers(tensors if called is None else called)
+        gate, up, ids = *(t.reshape(len(rows), -1) for t in (gate, up)), torch.tensor(rows, device=DEVICE)
+        assert_same(got, ia3_glu(gate, up, ia3_l[None] if ia3_l.dim() == 1 else ia3_l, ids, activation), bitwise=True)
+        return
+    same, fp64 = expected(tensors, rows, activation), expected(doubled(*tensors), rows, activation)
+    assert_like_torch(got, same, fp64, elementwise=True)
 
 
 def launched(seen):
@@ -129,7 +146,7 @@ def test_forward_linear(shape, activation, dtype):
 @pytest.mark.skipif(not KERNELS, reason="without kernels there are no tiles")
 @pytest.mark.parametrize("capability", [90, 86] if INTERPRET else [None])
 @pytest.mark.parametrize("case", TILES)
-@pytest.mark.parametrize("kind", ["large"], indirect=True)
+@persistent
 def test_tasks_of_a_tile(kind, case, capability, dtype, monkeypatch):
     """Every way the persistent kernel applies scales: in fp32 the product of the unscaled result, bit by bit."""
     if capability == 86 and dtype != torch.float32:
@@ -163,6 +180,7 @@ def test_every_activation_and_bias_of_many_rows(kind, activation, dtype):
         check(call(tensors, ids, activation), tensors, ids.tolist(), activation)
 
 
+@one_dtype
 def test_packed_sequences_around_the_tile(kind, dtype):
     """Sequences of 127, 128, 129, 1 and 0 rows one after another: tiles with one, two and three tasks, by a plan."""
     lengths = torch.tensor([127, 1, 0, 129, 2, 40], device=DEVICE)
@@ -173,13 +191,14 @@ def test_packed_sequences_around_the_tile(kind, dtype):
 
 
 @pytest.mark.skipif(not KERNELS, reason="groups of tiles are a question where kernels run")
-@pytest.mark.parametrize("kind", ["large"], indirect=True)
+@persistent
 def test_more_tiles_than_one_group(kind):
     """Eight row tiles form a group, that reuses the weights; here are nine, and two columns of tiles."""
     tensors = make("large", 1100, 80, 16, torch.float16, 1)
     check(call(tensors), tensors, None)
 
 
+@one_dtype
 @pytest.mark.parametrize("selection", ["one", "sequence", "token", "beams", "plan", "token plan", "packed"])
 def test_every_way_to_select_tasks(kind, selection, dtype):
     B, S, N, K = 4, 18 if kind == "large" else 3, 32, 16
@@ -190,11 +209,12 @@ def test_every_way_to_select_tasks(kind, selection, dtype):
         batched = [t if t is None or t.shape[0] != B * S else t.view(B, S, -1) for t in tensors]
         y = call(batched, ids)
         assert y.shape == (B, S, N)
-        check(y.view(-1, N), tensors, rows)
+        check(y.view(-1, N), tensors, rows, called=batched)
         of = {"plan": "sequence", "token plan": "token"}.get(selection)
         assert of is None or torch.equal(y, call(batched, options[of][0]))
 
 
+@one_dtype
 def test_plan_gives_the_gradients_of_ids(kind, dtype):
     M = rows_of(kind, 12)
     tensors = make(kind, M, 32, 16, dtype)
@@ -215,6 +235,7 @@ def test_vector_of_any_dtype(kind, l_dtype, dtype):
     torch.testing.assert_close(got[-1].double(), fp64[-1], rtol=3e-2, atol=6e-2)
 
 
+@one_dtype
 def test_one_task_needs_no_ids(kind, dtype):
     M = rows_of(kind, 9)
     tensors = make(kind, M, 32, 16, dtype, 1)
@@ -225,7 +246,7 @@ def test_one_task_needs_no_ids(kind, dtype):
     alone = [t[:1] if t is not None and t.shape[0] == M else t for t in others]
     y = call([*single, ia3_l[0]])
     assert y.shape == (32,)
-    check(y[None], [*alone, ia3_l], None)
+    check(y[None], [*alone, ia3_l], None, called=[*single, ia3_l])
 
 
 # M, N, K, elements before x -> kernel and parts of K, as the launch parameters of sm_90 say
@@ -243,8 +264,9 @@ WHICH = [
 ]
 
 
+@one_dtype
 @pytest.mark.skipif(not INTERPRET, reason="the launch parameters of another GPU may split otherwise")
-@pytest.mark.parametrize("kind", ["large"], indirect=True)
+@persistent
 @pytest.mark.parametrize(("M", "N", "K", "offset", "kernel"), WHICH)
 def test_which_kernel_runs_in_one_launch(M, N, K, offset, kernel, kind, dtype):
     _, *others = make("linear", M, N, K, dtype)
@@ -255,6 +277,7 @@ def test_which_kernel_runs_in_one_launch(M, N, K, offset, kernel, kind, dtype):
     check(y, [x, *others], ids.tolist())
 
 
+@one_dtype
 @pytest.mark.skipif(not KERNELS, reason="which kernel runs is a question where kernels run")
 def test_elementwise_is_one_launch(dtype):
     tensors = make("glu", 6, 20, 0, dtype)
@@ -278,13 +301,10 @@ def test_split_k(M, K, monkeypatch):
     monkeypatch.setattr(ops.tiles, "glu_linear_small", lambda *args: tile | dict(SPLIT=4, BLOCK_K=64))
     made, workspace = [], ops.split_workspace
     monkeypatch.setattr(ops, "split_workspace", lambda *args: made.append(workspace(*args)) or made[-1])
-    tensors, ids, dy = make("linear", M, N, K, dtype, 4), ids_like("uniform", M, 4), torch.randn(M, N, device=DEVICE)
+    tensors, ids, dy = make("linear", M, N, K, dtype, 4), ids_like("distinct", M, 4), torch.randn(M, N, device=DEVICE)
     y, got = call(tensors, ids), gradients(lambda *t: call(t, ids), tensors, dy.to(dtype))
     check(y, tensors, ids.tolist())
-    same = gradients(lambda *t: expected(t, ids.tolist()), tensors, dy.to(dtype))
-    fp64 = gradients(lambda *t: expected(t, ids.tolist()), doubled(*tensors), dy.double())
-    for a, b, c in zip(got, same, fp64, strict=True):  # g and u are stored by the last part too
-        assert_like_torch(a, b, c)
+    check_gradients(got, tensors, ids.tolist(), dy.to(dtype))  # g and u are stored by the last part too
     for _ in range(4 if INTERPRET else 250):
         assert torch.equal(call(tensors, ids), y)
     row = M // 2
@@ -294,24 +314,27 @@ def test_split_k(M, K, monkeypatch):
     assert made and all(part.shape == (4, 2 * M, N) and not count.any() for part, count in made)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("M", [7, 66])
-def test_gradients(kind, M, activation, dtype):
-    N, K = (67, 35) if M == 7 and kind != "large" else (48, 32)
-    tensors = make(kind, M, N, K, dtype, biases="both" if M == 7 else "gate")
-    ids, dy = ids_like("sorted", M, 3), torch.randn(M, N, device=DEVICE).to(dtype)
-    got = gradients(lambda *t: call(t, ids, activation), tensors, dy)
-    same = gradients(lambda *t: expected(t, ids.tolist(), activation), tensors, dy)
-    fp64 = gradients(lambda *t: expected(t, ids.tolist(), activation), doubled(*tensors), dy.double())
-    for a, b, c, leaf in zip(got, same, fp64, tensors, strict=True):
+def check_gradients(got, tensors, rows, dy, activation="silu"):
+    same = gradients(lambda *t: expected(t, rows, activation), tensors, dy)
+    fp64 = gradients(lambda *t: expected(t, rows, activation), doubled(*tensors), dy.double())
+    for i, (a, b, c, leaf) in enumerate(zip(got, same, fp64, tensors, strict=True)):
         if leaf is None:
             assert a is None
             continue
-        assert a.shape == leaf.shape and a.dtype == leaf.dtype and torch.equal(a.isnan(), c.isnan())
-        if truncates(dtype):  # sums of truncated terms: every term is up to an ulp off, all in one direction
-            assert (a.double() - c).abs().max() <= 2**-6 * c.abs().max() + 2**-7
+        assert a.shape == leaf.shape and a.dtype == leaf.dtype and torch.equal(a.isnan(), c.isnan()), i
+        if truncates(dy.dtype):  # sums of truncated terms: every term is up to an ulp off, all in one direction
+            assert (a.double() - c).abs().max() <= 2**-6 * c.abs().max() + 2**-7, i
         else:
             assert_like_torch(a, b, c)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients(kind, activation, dtype):
+    M, (N, K) = rows_of(kind, 17), (48, 32) if kind == "large" else (67, 35)
+    tensors = make(kind, M, N, K, dtype, biases="gate" if activation == "relu" else "both")
+    ids, dy = ids_like("sorted", M, 3), torch.randn(M, N, device=DEVICE).to(dtype)
+    got = gradients(lambda *t: call(t, ids, activation), tensors, dy)
+    check_gradients(got, tensors, ids.tolist(), dy, activation)
 
 
 def test_gradcheck_in_fp64():
@@ -324,6 +347,7 @@ def test_gradcheck_in_fp64():
             )
 
 
+@one_dtype
 def test_gradient_only_where_asked(kind, dtype):
     M = rows_of(kind, 6)
     tensors = make(kind, M, 32, 16, dtype)
@@ -333,7 +357,7 @@ def test_gradient_only_where_asked(kind, dtype):
         return call(t, ids)
 
     everything = gradients(f, tensors, dy)
-    masks = range(1, 2**n - 1) if kind != "large" else (1 << i for i in range(n))
+    masks = [1 << i for i in range(n)] + [2**n - 1 - (1 << i) for i in range(n if kind != "large" else 0)]
     for asked in ([bool(mask & 1 << i) for i in range(n)] for mask in masks):
         for got, want, wanted in zip(gradients(f, tensors, dy, asked), everything, asked, strict=True):
             assert (got is not None) == wanted and (not wanted or torch.equal(got, want))
@@ -342,11 +366,11 @@ def test_gradient_only_where_asked(kind, dtype):
         assert not f(*(t.detach().requires_grad_() for t in tensors)).requires_grad
 
 
+@matmuls
 # what needs a gradient, of x, the gate's and the up weight, the gate's and the up bias and ia3_l -> whether x is saved
+@one_dtype
 @pytest.mark.parametrize(("grad", "saves_x"), [("x", 0), ("w", 1), ("v", 1), ("b", 0), ("c", 0), ("l", 0), ("xwl", 1)])
 def test_saved_for_backward(kind, grad, saves_x, dtype):
-    if kind == "glu":
-        pytest.skip("it saves its inputs, which are somebody's already")
     M, N, K = rows_of(kind, 40), 32, 16
     tensors = dict(zip("xwvbcl", make(kind, M, N, K, dtype), strict=True))
     for name in grad:
@@ -377,7 +401,7 @@ def test_pre_activations_are_written_only_where_they_are_saved(monkeypatch):
 
 def test_dl_does_not_depend_on_other_tasks(dtype):
     """Rows of task 1 keep their order; how many rows of others stand between, and what they hold, changes."""
-    N, mine = 24, 300
+    N, mine = 32, 300  # whole vectors: the last few elements of a tensor meet another exp of aten's
     values = [torch.randn(mine, N, device=DEVICE).to(dtype) for _ in range(3)]
     seen = []
     for others in (0, 5, 400):
@@ -397,6 +421,7 @@ def test_dl_does_not_depend_on_other_tasks(dtype):
     assert seen[0].isfinite().all()
 
 
+@one_dtype
 def test_gradients_of_one_task_do_not_depend_on_others(kind, dtype):
     M = rows_of(kind, 12)
     tensors = make(kind, M, 32, 16, dtype)
@@ -417,6 +442,7 @@ def test_gradients_of_one_task_do_not_depend_on_others(kind, dtype):
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(after, before, strict=True))
 
 
+@one_dtype
 def test_vector_of_zero_or_negative(kind, dtype):
     """dl comes from what was saved, never from h / l."""
     M = rows_of(kind, 6)
@@ -429,6 +455,7 @@ def test_vector_of_zero_or_negative(kind, dtype):
     assert not got[0][ids == 0].any() and not call(tensors, ids)[ids == 0].any()
 
 
+@one_dtype
 def test_mixed_batch_equals_each_task_alone(kind, dtype):
     M = rows_of(kind, 40)
     for num_tasks in (1, 2, 8, 64):
@@ -450,7 +477,7 @@ def test_rows_are_independent(kind, dtype):
     def random(low, high):
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    for _ in range(6 if INTERPRET else 60):
+    for _ in range(3 if INTERPRET else 20):
         M, N, K = (random(65, 90), 32, 16) if kind == "large" else (random(2, 40), random(1, 40), random(1, 40))
         tensors, row, ids = make(kind, M, N, K, dtype, 4), random(0, M), ids_like("sorted", M, 4)
         before = call(tensors, ids)[row].clone()
@@ -476,6 +503,7 @@ def test_batch_size_and_order_do_not_matter_elementwise(dtype):
     assert torch.equal(got, whole[order]) if KERNELS else torch.allclose(got, whole[order], rtol=1e-2)
 
 
+@one_dtype
 @pytest.mark.skipif(not KERNELS, reason="F.linear does not promise the same bits at another place of the batch")
 def test_order_of_sequences_does_not_matter(kind, dtype):
     S = 11 if kind == "large" else 5
@@ -491,6 +519,7 @@ def test_order_of_sequences_does_not_matter(kind, dtype):
         torch.testing.assert_close(got, whole[order], **tolerance)
 
 
+@one_dtype
 def test_base_rows_are_the_unscaled_result(kind, dtype):
     M = rows_of(kind, 10)
     for activation in ACTIVATIONS if kind != "large" else ("silu",):
@@ -512,7 +541,8 @@ def test_special_values_propagate_as_in_torch(activation, dtype):
     """Forward and backward of every triple of values, and NaN and Inf as the incoming gradient."""
     values = special_values(dtype)
     n = len(values)
-    gate, up, scale = (t.reshape(1, -1) for t in torch.meshgrid(values, values, values.float(), indexing="ij"))
+    gate, up, scale = (t.reshape(1, -1) for t in torch.meshgrid(values, values, values, indexing="ij"))
+    scale = scale.float()
     ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     got = ia3_glu(gate, up, scale.contiguous(), ids, activation)
     want = reference.act_glu(gate, up, scale, ids, activation)
@@ -529,10 +559,9 @@ def test_special_values_propagate_as_in_torch(activation, dtype):
                 assert torch.equal(of(a), of(b)), (name, float(dh[0, 0]), of.__name__)
 
 
+@matmuls
 def test_special_values_of_a_matmul_stay_in_their_rows_and_columns(kind, dtype):
     """One in each of the first rows, the last one too, and in the last column of a weight: where torch has them."""
-    if kind == "glu":
-        pytest.skip("the test above")
     M, N, K = rows_of(kind, 9), 32, 16
     for activation in (None, "relu", "silu"):
         tensors = make(kind, M, N, K, dtype)
@@ -546,6 +575,7 @@ def test_special_values_of_a_matmul_stay_in_their_rows_and_columns(kind, dtype):
             assert torch.equal(of(got), of(want)), (activation, of.__name__)
 
 
+@one_dtype
 @pytest.mark.parametrize("bad", BAD_IDS)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_bad_id(kind, bad, ids_dtype, dtype):
@@ -594,7 +624,7 @@ def test_guards_stay_intact(kind):
     def random(high, low=1):
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    for _ in range(10 if INTERPRET else 150):
+    for _ in range(8 if INTERPRET else 40):
         M, N, K = (random(90, 65), 16 * random(4), 16 * random(3)) if kind == "large" else (random(70) for _ in "MNK")
         plain = make(kind, M, N, K, DTYPES[random(3, 0)], num_tasks := random(5))
         tensors, buffers = zip(*(guarded(*t.shape, dtype=t.dtype) for t in plain), strict=True)
@@ -609,6 +639,7 @@ def test_guards_stay_intact(kind):
             assert_guards(buffer)
 
 
+@one_dtype
 @pytest.mark.skipif(not KERNELS, reason="where the results are allocated is seen at a launch")
 def test_results_stay_inside_their_tensors(kind, dtype, monkeypatch):
     """h, and g and u beside it, in the middle of guarded buffers, with a bad id among the rows."""
@@ -640,6 +671,7 @@ def test_results_stay_inside_their_tensors(kind, dtype, monkeypatch):
 ZERO_SIZES = [(0, 8, 4), (4, 0, 8), (4, 8, 0), (70, 16, 0), (4, 0, 0), (0, 0, 0)]
 
 
+@one_dtype
 @pytest.mark.parametrize("shape", ZERO_SIZES, ids=lambda s: "M{}-N{}-K{}".format(*s))
 def test_zero_sizes(kind, shape, dtype):
     M, N, _ = shape
@@ -653,6 +685,7 @@ def test_zero_sizes(kind, shape, dtype):
     assert M or not any(g.any() for g in got)
 
 
+@one_dtype
 def test_zero_sequences_and_zero_tokens(kind, dtype):
     *others, ia3_l = make(kind, 1, 8, 4, dtype)
     for lead in ((0, 3), (2, 0), (2, 0, 3)):
@@ -665,6 +698,7 @@ def test_zero_sequences_and_zero_tokens(kind, dtype):
             assert torch.autograd.grad(y, rows[0], torch.ones_like(y))[0].shape == rows[0].shape
 
 
+@one_dtype
 def test_table_without_tasks_serves_the_base_model(kind, dtype):
     M = rows_of(kind, 3)
     *others, _ = make(kind, M, 16, 16, dtype)
@@ -687,10 +721,7 @@ W_LAYOUTS = {
 }
 
 
-def assert_close(got, want, dtype):
-    torch.testing.assert_close(got, want, **(dict(rtol=2**-5, atol=2**-5) if truncates(dtype) else {}))
-
-
+@one_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(kind, layout, dtype):
     """Whatever the strides of x, or of gate and up apart: the values and gradients of contiguous ones."""
@@ -698,40 +729,37 @@ def test_layouts(kind, layout, dtype):
     tensors = make(kind, 4 * S, 32, 16, dtype)
     ids, dy = ids_like("uniform", 4, 3), torch.randn(4, S, 32, device=DEVICE).to(dtype)
     batched = [t.view(4, S, -1) if t.shape[0] == 4 * S else t for t in tensors]
+    rows = ids.repeat_interleave(S).tolist()
     for which in ((0,), (1,), (0, 1)) if kind == "glu" else ((0,),):
         strided = [LAYOUTS[layout](t) if i in which else t for i, t in enumerate(batched)]
-        leaves, plain = ([t.detach().requires_grad_() for t in ts] for ts in (strided, map(torch.clone, strided)))
-        plain = [t.detach().contiguous().requires_grad_() for t in plain]
-        y, want = call(leaves, ids), call(plain, ids)
-        assert y.is_contiguous()
-        assert_close(y, want, dtype)
-        if kind == "glu" and KERNELS:
-            assert torch.equal(y, want)
-        for gradient in (dy, LAYOUTS["permuted"](dy), LAYOUTS["columns first"](dy), LAYOUTS["expanded"](dy)):
-            got = torch.autograd.grad(y, leaves, gradient, retain_graph=True)
-            right = torch.autograd.grad(want, plain, gradient.contiguous(), retain_graph=True)
-            for a, b in zip(got, right, strict=True):
-                assert_close(a, b, dtype)
+        plain = [t.reshape(4 * S, -1) if t.dim() == 3 else t for t in strided]
+        check(call(strided, ids).view(4 * S, 32), plain, rows, called=strided)
+        leaves = [t.detach().requires_grad_() for t in strided]
+        y = call(leaves, ids)
+        got = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        flat = [t.reshape(p.shape) for t, p in zip(got, plain, strict=True)]
+        check_gradients(flat, plain, rows, dy.view(4 * S, 32))
+        for gradient in (LAYOUTS["permuted"](dy), LAYOUTS["columns first"](dy), LAYOUTS["wide rows"](dy)):
+            again = torch.autograd.grad(y, leaves, gradient, retain_graph=True)
+            assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
 
 
+@one_dtype
+@matmuls
 @pytest.mark.parametrize("layout", W_LAYOUTS)
 def test_weight_layouts(kind, layout, dtype):
     """Each weight, and both: strides of one are never taken for the other's."""
-    if kind == "glu":
-        pytest.skip("no weight")
     M = rows_of(kind, 7)
     tensors = make(kind, M, 32, 16, dtype)
     ids, dy = ids_like("sorted", M, 3), torch.randn(M, 32, device=DEVICE).to(dtype)
-    want, grads = call(tensors, ids), gradients(lambda *t: call(t, ids), tensors, dy)
     for which in ((1,), (2,), (1, 2)):
-        leaves = [(W_LAYOUTS[layout](t) if i in which else t).detach() for i, t in enumerate(tensors)]
-        leaves = [t.requires_grad_() for t in leaves]
-        y = call(leaves, ids)
-        assert_close(y, want, dtype)
-        for a, b in zip(torch.autograd.grad(y, leaves, dy), grads, strict=True):
-            assert_close(a, b, dtype)
+        strided = [W_LAYOUTS[layout](t) if i in which else t for i, t in enumerate(tensors)]
+        check(call(strided, ids), tensors, ids.tolist(), called=strided)
+        leaves = [t.detach().requires_grad_() for t in strided]
+        check_gradients(torch.autograd.grad(call(leaves, ids), leaves, dy), tensors, ids.tolist(), dy)
 
 
+@one_dtype
 def test_table_biases_and_ids_strided(kind, dtype):
     """Read by their strides: views of something wider, one value for all, ids out of a wider tensor."""
     M = rows_of(kind, 6)
@@ -755,21 +783,22 @@ def test_table_biases_and_ids_strided(kind, dtype):
 @pytest.mark.parametrize("N", [1, 2, 3, 5, 31, 32, 33, 63, 65, 127, 255, 1023, 1025, 4097])
 def test_odd_widths_and_offsets(N, dtype):
     for offset in range(1, 8, 3):
-        tensors = [torch.randn(3 * N + offset, device=DEVICE)[offset:].view(3, N) for _ in range(3)]
-        tensors = [torch.cat([t.flatten()[:offset], t.flatten()]).to(dtype)[offset:].view(3, N) for t in tensors]
-        assert all(t.storage_offset() == offset for t in tensors)
-        check(call(tensors, torch.tensor([1, -1, 0], device=DEVICE)), tensors, [1, -1, 0])
+        rows = [torch.randn(24 * N + offset, device=DEVICE).to(dtype)[offset:].view(24, N) for _ in range(2)]
+        tensors = [*rows, torch.randn(2 * N + offset, device=DEVICE)[offset:].view(2, N)]
+        ids = ids_like("uniform", 24, 2)
+        check(call(tensors, ids), tensors, ids.tolist())
 
 
+@one_dtype
 def test_misaligned_operands(kind, dtype):
     """x, a weight, a bias or the vector some elements after a 16-byte address: the same values."""
     M = rows_of(kind, 5)
     tensors, ids = make(kind, M, 32, 16, dtype), ids_like("sorted", M, 3)
-    want = call(tensors, ids)
     for offset, at in zip((1, 3, 7, 5, 2, 1), range(len(tensors)), strict=False):
         moved = torch.cat([tensors[at].flatten()[:offset], tensors[at].flatten()])[offset:].view(tensors[at].shape)
-        got = call([moved if i == at else t for i, t in enumerate(tensors)], ids)
-        assert_close(got, want, dtype)
+        assert moved.data_ptr() % 16
+        strided = [moved if i == at else t for i, t in enumerate(tensors)]
+        check(call(strided, ids), tensors, ids.tolist(), called=strided)
 
 
 def test_repeats_are_bitwise_equal(kind, dtype):
@@ -816,7 +845,7 @@ def test_any_shape(which, M, N, K, num_tasks, aligned, biases, dtype, l_dtype, a
 def test_autocast(cast):
     """x, weights and biases as F.linear casts them, ia3_l never; gradients come back in the dtypes of the leaves."""
     plain = make("linear", 7, 24, 16)
-    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l = plain
+    x, gate_weight, up_weight, _, up_bias, ia3_l = plain
     ids, dy = ids_like("uniform", 7, 3), torch.randn(7, 24, device=DEVICE).to(cast)
 
     def autocast(f):
@@ -826,16 +855,15 @@ def test_autocast(cast):
 
         return run
 
-    def layers(tensors, ids):
-        x, gate_weight, up_weight, gate_bias, up_bias, ia3_l = tensors
-        gate, up = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+    def torchs(tensors, ids):
+        gate, up, ia3_l = layers(tensors)
         return (F.silu(gate).float() * up.float() * scales(ia3_l, ids.tolist(), torch.float32)).to(cast)
 
     for tensors in (plain, [x.to(cast), gate_weight, up_weight.to(cast), None, up_bias, ia3_l], [x.half(), *plain[1:]]):
         got = autocast(call)(*tensors)
         assert got.dtype == cast
         check(got, [*(None if t is None else t.to(cast) for t in tensors[:5]), ia3_l], ids.tolist())
-        grads, want = (gradients(autocast(f), tensors, dy) for f in (call, layers))
+        grads, want = (gradients(autocast(f), tensors, dy) for f in (call, torchs))
         for a, b, leaf in zip(grads, want, tensors, strict=True):
             if leaf is not None:
                 assert a.dtype == leaf.dtype
@@ -858,6 +886,7 @@ def test_backward_under_autocast_keeps_the_forward_dtypes(kind):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@one_dtype
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_outputs_may_be_changed_in_place(kind, grad, dtype):
     """A view made inside the operator would refuse it, and relu_() or `y += residual` are common."""
@@ -897,9 +926,8 @@ def test_opcheck(layout, with_ids, grad):
     torch.library.opcheck(torch.ops.peft_ops.ia3_glu_linear, args)
 
 
+@matmuls
 def test_opcheck_with_a_plan(kind):
-    if kind == "glu":
-        pytest.skip("it takes the plan's ids alone")
     M = rows_of(kind, 10)
     leaves = [t.requires_grad_() for t in make(kind, M, 16, 16)]
     plan = plan_tasks(torch.tensor([0, 2], device=DEVICE), M, 3)
@@ -997,6 +1025,7 @@ def test_higher_derivatives_refuse():
                     call([dual if i == at else t for i, t in enumerate(tensors)], ids)
 
 
+@one_dtype
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_activation_checkpointing_is_bitwise(kind, reentrant, dtype):
     M = rows_of(kind, 9)
@@ -1012,6 +1041,7 @@ def test_activation_checkpointing_is_bitwise(kind, reentrant, dtype):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(*leaves, strict=True))
 
 
+@one_dtype
 def test_reference_backend_is_plain_torch(kind, dtype):
     M = rows_of(kind, 6)
     tensors, ids = make(kind, M, 16, 16, dtype), ids_like("sorted", M, 3)
@@ -1023,7 +1053,7 @@ def test_reference_backend_is_plain_torch(kind, dtype):
 
 
 @pytest.mark.skipif(not KERNELS, reason="device memory for descriptors is asked for where kernels run")
-@pytest.mark.parametrize("kind", ["large"], indirect=True)
+@persistent
 def test_callers_allocator_is_untouched(kind):
     allocation = pytest.importorskip("triton.runtime._allocation")
     before = allocation._allocator.get()
@@ -1034,10 +1064,10 @@ def test_callers_allocator_is_untouched(kind):
 
 
 G, L = torch.zeros(4, 3, 8), torch.ones(2, 8)
-X, W, B, LW = torch.zeros(4, 3, 8), torch.zeros(6, 8), torch.zeros(6), torch.ones(2, 6)
+X, W, B = torch.zeros(4, 3, 6), torch.zeros(8, 6), torch.zeros(8)
 IDS = torch.zeros(4, dtype=torch.int64)
 GLU_ARGS = dict(gate=G, up=G, ia3_l=L, task_ids=IDS)
-LINEAR_ARGS = dict(x=X, gate_weight=W, up_weight=W, gate_bias=B, up_bias=B, ia3_l=LW, task_ids=IDS)
+LINEAR_ARGS = dict(x=X, gate_weight=W, up_weight=W, gate_bias=B, up_bias=B, ia3_l=L, task_ids=IDS)
 # arguments that differ from those above
 ANY_BAD_INPUT = {
     "activation": (dict(activation="tanh"), ValueError, "activation must be one of None, 'relu', .* got 'tanh'"),
@@ -1077,27 +1107,29 @@ GLU_BAD_INPUT = {
 LINEAR_BAD_INPUT = {
     "x no tensor": (dict(x=[1.0]), TypeError, "x must be a tensor, got list"),
     "x integer": (dict(x=X.int()), TypeError, "x must have dtype float32, .* got int32"),
-    "x scalar": (dict(x=X[0, 0, 0]), ValueError, r"x must have 8 features, as gate_weight .* got shape \[\]"),
-    "x features": (dict(x=X[..., :7]), ValueError, r"x must have 8 features, .* got shape \[4, 3, 7\]"),
+    "x scalar": (dict(x=X[0, 0, 0]), ValueError, r"x must have 6 features, as gate_weight .* got shape \[\]"),
+    "x features": (dict(x=X[..., :5]), ValueError, r"x must have 6 features, .* got shape \[4, 3, 5\]"),
     "gate weight no tensor": (dict(gate_weight=None), TypeError, "gate_weight must be a tensor, got NoneType"),
     "up weight no tensor": (dict(up_weight=1.0), TypeError, "up_weight must be a tensor, got float"),
     "gate weight dtype": (dict(gate_weight=W.half()), TypeError, "gate_weight must have dtype float32, got float16"),
     "up weight dtype": (dict(up_weight=W.bfloat16()), TypeError, "up_weight must have dtype float32, got bfloat16"),
-    "gate weight rank": (dict(gate_weight=W[0]), ValueError, r"gate_weight must have 2 dimensions, got shape \[8\]"),
-    "up weight rows": (
-        dict(up_weight=W[:5]), ValueError, r"up_weight must have .* \[6, 8\], got \[5, 8\]|up_bias must have shape \[5\]"),
-    "up weight of other rows, no bias": (
-        dict(up_weight=W[:5], up_bias=None), ValueError, r"up_weight must have gate_weight's shape \[6, 8\], got \[5, 8\]"),
+    "gate weight rank": (dict(gate_weight=W[0]), ValueError, r"gate_weight must have 2 dimensions, got shape \[6\]"),
+    "up weight rows": (dict(up_weight=W[:5]), ValueError, r"up_bias must have shape \[5\], got \[8\]"),
+    "up weight rows, no bias": (
+        dict(up_weight=W[:5], up_bias=None), ValueError,
+        r"up_weight must have gate_weight's shape \[8, 6\], got \[5, 6\]"),
     "up weight features": (
-        dict(up_weight=W[:, :7]), ValueError, r"x must have 7 features, as up_weight \[6, 7\] .* got shape \[4, 3, 8\]"),
+        dict(up_weight=W[:, :5]), ValueError,
+        r"x must have 5 features, as up_weight \[8, 5\] takes, got shape \[4, 3, 6\]"),
     "up weight elsewhere": (dict(up_weight=W.to("meta")), ValueError, "up_weight must be on cpu, .* got meta"),
-    "gate bias shape": (dict(gate_bias=B[:5]), ValueError, r"gate_bias must have shape \[6\], got \[5\]"),
-    "up bias shape": (dict(up_bias=B[:5]), ValueError, r"up_bias must have shape \[6\], got \[5\]"),
+    "gate bias shape": (dict(gate_bias=B[:5]), ValueError, r"gate_bias must have shape \[8\], got \[5\]"),
+    "up bias shape": (dict(up_bias=B[:5]), ValueError, r"up_bias must have shape \[8\], got \[5\]"),
     "up bias dtype": (dict(up_bias=B.double()), TypeError, "up_bias must have dtype float32, got float64"),
-    "up bias rank": (dict(up_bias=B[None]), ValueError, r"up_bias must have 1 dimension, got shape \[1, 6\]"),
+    "up bias rank": (dict(up_bias=B[None]), ValueError, r"up_bias must have 1 dimension, got shape \[1, 8\]"),
     "gate bias elsewhere": (dict(gate_bias=B.to("meta")), ValueError, "gate_bias must be on cpu, .* got meta"),
-    "table of the input's width": (dict(ia3_l=L), ValueError, r"ia3_l must have shape \[6\] or .* got \[2, 8\]"),
-    "ids for packed rows": (dict(x=X.view(12, 8)), ValueError, "task_ids must .* for a packed batch pass plan_tasks"),
+    "table of the input's width": (
+        dict(ia3_l=L[:, :6]), ValueError, r"ia3_l must have shape \[8\] or .* got \[2, 6\]"),
+    "ids for packed rows": (dict(x=X.view(12, 6)), ValueError, "task_ids must .* for a packed batch pass plan_tasks"),
 }  # fmt: skip
 
 
