@@ -114,7 +114,7 @@ def launched(seen):
     ]
 
 
-GLU_SHAPES = [(1, 64), (3, 5), (17, 33), (64, 256), (9, 1025), (130, 70)]
+GLU_SHAPES = [(1, 64), (17, 33), (9, 1025), (130, 70)]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -133,24 +133,24 @@ def test_forward(shape, activation, dtype):
 SHAPES = [(1, 257, 32), (7, 67, 7), (17, 33, 31), (64, 40, 24), (33, 48, 80), (70, 80, 64), (129, 24, 72)]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"M{s[0]}-N{s[1]}-K{s[2]}")
-def test_forward_linear(shape, activation, dtype):
-    for biases in BIASES if shape[0] == 7 else (list(BIASES)[shape[0] % 4],):
-        tensors = make("linear", *shape, dtype, biases=biases)
+def test_forward_linear(shape, dtype):
+    for i, biases in enumerate(BIASES if shape[0] == 7 else [list(BIASES)[shape[0] % 4]]):
+        tensors, activation = make("linear", *shape, dtype, biases=biases), list(ACTIVATIONS)[(shape[0] + i) % 5]
         ids = ids_like("uniform", shape[0], 3)
         check(call(tensors, ids, activation), tensors, ids.tolist(), activation)
 
 
-# launch parameters of two GPUs: BLOCK_M 128, a tile of the plan, and 64, half of one
+# the launch parameters of two GPUs: BLOCK_M 128, a tile of the plan, and 64, half of one
+CAPABILITIES = [(case, 90) for case in TILES] + [(c, 86) for c in ("one", "two of 150", "three of 171", "five of 31")]
+
+
 @pytest.mark.skipif(not KERNELS, reason="without kernels there are no tiles")
-@pytest.mark.parametrize("capability", [90, 86] if INTERPRET else [None])
-@pytest.mark.parametrize("case", TILES)
+@pytest.mark.parametrize("dtype", [torch.float32 if INTERPRET else torch.float16], ids=name_of)
+@pytest.mark.parametrize(("case", "capability"), CAPABILITIES if INTERPRET else [(case, None) for case in TILES])
 @persistent
 def test_tasks_of_a_tile(kind, case, capability, dtype, monkeypatch):
     """Every way the persistent kernel applies scales: in fp32 the product of the unscaled result, bit by bit."""
-    if capability == 86 and dtype != torch.float32:
-        pytest.skip("the tile is cut the same in every dtype")
     if capability is not None:
         monkeypatch.setattr(ops, "capability_of", lambda x: (capability, 2))
     G, S, mode = TILES[case]
@@ -164,7 +164,7 @@ def test_tasks_of_a_tile(kind, case, capability, dtype, monkeypatch):
     with launches(ops.dual) as seen:
         y = call(shaped, ids, activation).view(M, 32)
         same = call(tensors, plan, activation)
-    assert launched(seen) == ([("large", mode)] * 2 if INTERPRET or dtype != torch.float32 else [])
+    assert launched(seen) == [("large", mode)] * 2
     check(y, tensors, rows, activation)
     assert torch.equal(y, same)
     if dtype == torch.float32 and rows is not None:
@@ -174,9 +174,8 @@ def test_tasks_of_a_tile(kind, case, capability, dtype, monkeypatch):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_and_bias_of_many_rows(kind, activation, dtype):
-    for biases in BIASES if kind != "glu" and activation == "silu" else ("both",):
-        tensors = make(kind, 130, 80, 48, dtype, biases=biases)
-        ids = ids_like("sorted", 130, 3)
+    for biases in BIASES if kind == "large" and dtype == torch.float16 else ("both",):
+        tensors, ids = make(kind, 70, 80, 48, dtype, biases=biases), ids_like("sorted", 70, 3)
         check(call(tensors, ids, activation), tensors, ids.tolist(), activation)
 
 
@@ -223,6 +222,7 @@ def test_plan_gives_the_gradients_of_ids(kind, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@one_dtype
 @pytest.mark.parametrize("l_dtype", DTYPES, ids=name_of)
 def test_vector_of_any_dtype(kind, l_dtype, dtype):
     M = rows_of(kind, 9)
@@ -330,7 +330,7 @@ def check_gradients(got, tensors, rows, dy, activation="silu"):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients(kind, activation, dtype):
-    M, (N, K) = rows_of(kind, 17), (48, 32) if kind == "large" else (67, 35)
+    M, (N, K) = rows_of(kind, 17), (48, 32) if kind == "large" else (259, 35)
     tensors = make(kind, M, N, K, dtype, biases="gate" if activation == "relu" else "both")
     ids, dy = ids_like("sorted", M, 3), torch.randn(M, N, device=DEVICE).to(dtype)
     got = gradients(lambda *t: call(t, ids, activation), tensors, dy)
@@ -458,18 +458,19 @@ def test_vector_of_zero_or_negative(kind, dtype):
 @one_dtype
 def test_mixed_batch_equals_each_task_alone(kind, dtype):
     M = rows_of(kind, 40)
-    for num_tasks in (1, 2, 8, 64):
+    for num_tasks in (1, 8, 64):
         tensors = make(kind, M, 32, 16, dtype, num_tasks)
         ids = ids_like("sorted" if kind == "large" else "uniform", M, num_tasks)
         if kind == "large" and num_tasks == 64:
             ids = torch.tensor([63, -1, 17], device=DEVICE).repeat_interleave(22)
         mixed = call(tensors, ids)
-        for t in list(set(ids.tolist()))[:3]:
+        for t in list(set(ids.tolist()))[:2]:
             assert torch.equal(mixed[ids == t], call(tensors, torch.full_like(ids, t))[ids == t])
             vector = tensors[-1][t] if t >= 0 else torch.ones_like(tensors[-1][0])
             assert torch.equal(mixed[ids == t], call([*tensors[:-1], vector])[ids == t])
 
 
+@one_dtype
 def test_rows_are_independent(kind, dtype):
     """Other rows get other ids, NaN and Inf, and their tasks NaN and Inf in the vectors: this row stays, bit by bit."""
     generator = torch.Generator().manual_seed(1)
@@ -522,7 +523,7 @@ def test_order_of_sequences_does_not_matter(kind, dtype):
 @one_dtype
 def test_base_rows_are_the_unscaled_result(kind, dtype):
     M = rows_of(kind, 10)
-    for activation in ACTIVATIONS if kind != "large" else ("silu",):
+    for activation in (None, "silu"):
         tensors = make(kind, M, 32, 16, dtype)
         tensors[0][0], tensors[0][3, 0], tensors[-1][:] = 0, INF, NAN
         ids = torch.where(torch.arange(M, device=DEVICE) < M // 2, -1, 1)
@@ -546,9 +547,11 @@ def test_special_values_propagate_as_in_torch(activation, dtype):
     ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     got = ia3_glu(gate, up, scale.contiguous(), ids, activation)
     want = reference.act_glu(gate, up, scale, ids, activation)
-    assert got.shape == (1, n**3)
+    # aten's vector code has gelu(Inf) NaN, its scalar code Inf, as it is in fp64 and here
+    known = gate != INF if activation == "gelu" else torch.ones_like(gate, dtype=torch.bool)
+    assert got.shape == (1, n**3) and got[(gate == INF) & (up == 1) & (scale == 1)].isinf().all() | (not KERNELS)
     for of in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(of(got), of(want)), of.__name__
+        assert torch.equal(of(got)[known], of(want)[known]), of.__name__
     for dh in (1.0, 0.0, INF, NAN):
         dh = torch.full_like(gate, dh)
         leaves = [t.contiguous().clone().requires_grad_() for t in (gate, up, scale)]
@@ -556,9 +559,10 @@ def test_special_values_propagate_as_in_torch(activation, dtype):
         wanted = reference.act_glu_backward(dh, gate, up, scale, ids, activation, [True, True])
         for name, a, b in zip(("dgate", "dup", "dl"), grads, wanted, strict=True):
             for of in (torch.isnan, torch.isposinf, torch.isneginf):
-                assert torch.equal(of(a), of(b)), (name, float(dh[0, 0]), of.__name__)
+                assert torch.equal(of(a)[known], of(b)[known]), (name, float(dh[0, 0]), of.__name__)
 
 
+@one_dtype
 @matmuls
 def test_special_values_of_a_matmul_stay_in_their_rows_and_columns(kind, dtype):
     """One in each of the first rows, the last one too, and in the last column of a weight: where torch has them."""
@@ -624,7 +628,7 @@ def test_guards_stay_intact(kind):
     def random(high, low=1):
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    for _ in range(8 if INTERPRET else 40):
+    for _ in range(6 if INTERPRET else 20):
         M, N, K = (random(90, 65), 16 * random(4), 16 * random(3)) if kind == "large" else (random(70) for _ in "MNK")
         plain = make(kind, M, N, K, DTYPES[random(3, 0)], num_tasks := random(5))
         tensors, buffers = zip(*(guarded(*t.shape, dtype=t.dtype) for t in plain), strict=True)
@@ -646,16 +650,18 @@ def test_results_stay_inside_their_tensors(kind, dtype, monkeypatch):
     M, N = rows_of(kind, 5), 32
     tensors, ids = make(kind, M, N, 16, dtype), ids_like("uniform", M, 3)
     ids[M // 2] = 10**6
-    buffers = []
+    buffers, plain = [], torch.empty
 
-    def empty(*size, dtype=None, device=None):
+    def empty(*size, **kwargs):
+        if kwargs["dtype"] != dtype:
+            return plain(*size, **kwargs)
         view, buffer = guarded(*(size[0] if isinstance(size[0], tuple) else size), dtype=dtype)
         buffers.append(buffer)
         return view
 
     with monkeypatch.context() as patch:
-        patch.setattr(ops.torch, "empty", empty)
-        patch.setattr(ops.torch, "empty_like", lambda t: empty(*t.shape, dtype=t.dtype))
+        patch.setattr(torch, "empty", empty)
+        patch.setattr(torch, "empty_like", lambda t: empty(*t.shape, dtype=t.dtype))
         if kind == "glu":
             y = ops.launch_glu(*tensors, ids, "silu")
         else:
@@ -663,7 +669,7 @@ def test_results_stay_inside_their_tensors(kind, dtype, monkeypatch):
     if kind != "glu":
         assert g.isfinite().all() and u.isfinite().all()
     bad = ids == 10**6
-    assert buffers and y[bad].isnan().all() and y[~bad].isfinite().all()
+    assert len(buffers) == (1 if kind == "glu" else 3) and y[bad].isnan().all() and y[~bad].isfinite().all()
     for buffer in buffers:
         assert_guards(buffer)
 
@@ -735,13 +741,20 @@ def test_layouts(kind, layout, dtype):
         plain = [t.reshape(4 * S, -1) if t.dim() == 3 else t for t in strided]
         check(call(strided, ids).view(4 * S, 32), plain, rows, called=strided)
         leaves = [t.detach().requires_grad_() for t in strided]
-        y = call(leaves, ids)
-        got = torch.autograd.grad(y, leaves, dy, retain_graph=True)
-        flat = [t.reshape(p.shape) for t, p in zip(got, plain, strict=True)]
-        check_gradients(flat, plain, rows, dy.view(4 * S, 32))
-        for gradient in (LAYOUTS["permuted"](dy), LAYOUTS["columns first"](dy), LAYOUTS["wide rows"](dy)):
-            again = torch.autograd.grad(y, leaves, gradient, retain_graph=True)
-            assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True))
+        got = torch.autograd.grad(call(leaves, ids), leaves, dy)
+        check_gradients([t.reshape(p.shape) for t, p in zip(got, plain, strict=True)], plain, rows, dy.view(4 * S, 32))
+
+
+@one_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_incoming_gradient(kind, layout, dtype):
+    S = 17 if kind == "large" else 5
+    tensors, ids = make(kind, 4 * S, 32, 16, dtype), ids_like("uniform", 4, 3)
+    leaves = [t.requires_grad_() for t in tensors]
+    y = call([t.view(4, S, -1) if t.shape[0] == 4 * S else t for t in leaves], ids)
+    dy = LAYOUTS[layout](torch.randn(4, S, 32, device=DEVICE).to(dtype))
+    got = torch.autograd.grad(y, leaves, dy)
+    check_gradients(got, [t.detach() for t in tensors], ids.repeat_interleave(S).tolist(), dy.reshape(4 * S, 32))
 
 
 @one_dtype
@@ -755,8 +768,8 @@ def test_weight_layouts(kind, layout, dtype):
     for which in ((1,), (2,), (1, 2)):
         strided = [W_LAYOUTS[layout](t) if i in which else t for i, t in enumerate(tensors)]
         check(call(strided, ids), tensors, ids.tolist(), called=strided)
-        leaves = [t.detach().requires_grad_() for t in strided]
-        check_gradients(torch.autograd.grad(call(leaves, ids), leaves, dy), tensors, ids.tolist(), dy)
+    leaves = [t.detach().requires_grad_() for t in strided]
+    check_gradients(torch.autograd.grad(call(leaves, ids), leaves, dy), tensors, ids.tolist(), dy)
 
 
 @one_dtype
@@ -783,9 +796,10 @@ def test_table_biases_and_ids_strided(kind, dtype):
 @pytest.mark.parametrize("N", [1, 2, 3, 5, 31, 32, 33, 63, 65, 127, 255, 1023, 1025, 4097])
 def test_odd_widths_and_offsets(N, dtype):
     for offset in range(1, 8, 3):
-        rows = [torch.randn(24 * N + offset, device=DEVICE).to(dtype)[offset:].view(24, N) for _ in range(2)]
+        M = 24 if N < 64 else 3
+        rows = [torch.randn(M * N + offset, device=DEVICE).to(dtype)[offset:].view(M, N) for _ in range(2)]
         tensors = [*rows, torch.randn(2 * N + offset, device=DEVICE)[offset:].view(2, N)]
-        ids = ids_like("uniform", 24, 2)
+        ids = ids_like("uniform", M, 2)
         check(call(tensors, ids), tensors, ids.tolist())
 
 
@@ -812,7 +826,8 @@ def test_repeats_are_bitwise_equal(kind, dtype):
         return y, *torch.autograd.grad(y, leaves, dy)
 
     first = run()
-    for _ in range(250 if DEVICE == "cuda" else 50 if not INTERPRET or dtype == torch.float16 else 3):
+    times = 50 if dtype == torch.float16 and kind != "large" else 5
+    for _ in range(250 if DEVICE == "cuda" else times):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
@@ -909,9 +924,11 @@ OPCHECK_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("with_ids", [False, True], ids=["one_task", "ids"])
-@pytest.mark.parametrize("layout", OPCHECK_LAYOUTS)
+OPCHECK_CASES = [(layout, True, True) for layout in OPCHECK_LAYOUTS]
+OPCHECK_CASES += [(layout, layout == "permuted", False) for layout in OPCHECK_LAYOUTS]
+
+
+@pytest.mark.parametrize(("layout", "with_ids", "grad"), OPCHECK_CASES)
 def test_opcheck(layout, with_ids, grad):
     x, up = (OPCHECK_LAYOUTS[layout]().to(DEVICE).requires_grad_(grad) for _ in range(2))
     ia3_l = torch.randn(3 if with_ids else 1, 8, device=DEVICE, requires_grad=grad)
