@@ -172,10 +172,13 @@ def test_tasks_of_a_tile(kind, case, capability, dtype, monkeypatch):
         assert torch.equal(y, bare * scales(tensors[5], rows, dtype))
 
 
+@one_dtype
+@matmuls
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_and_bias_of_many_rows(kind, activation, dtype):
-    for biases in BIASES if kind == "large" and dtype == torch.float16 else ("both",):
-        tensors, ids = make(kind, 70, 80, 48, dtype, biases=biases), ids_like("sorted", 70, 3)
+def test_every_activation_and_bias(kind, activation, dtype):
+    M = rows_of(kind, 20)
+    for biases in BIASES if activation == "silu" else ("both",):
+        tensors, ids = make(kind, M, 80, 48, dtype, biases=biases), ids_like("sorted", M, 3)
         check(call(tensors, ids, activation), tensors, ids.tolist(), activation)
 
 
@@ -201,7 +204,7 @@ def test_more_tiles_than_one_group(kind):
 @pytest.mark.parametrize("selection", ["one", "sequence", "token", "beams", "plan", "token plan", "packed"])
 def test_every_way_to_select_tasks(kind, selection, dtype):
     B, S, N, K = 4, 18 if kind == "large" else 3, 32, 16
-    for ids_dtype in (torch.int32, torch.int64):
+    for ids_dtype in (torch.int32, torch.int64) if selection in ("sequence", "packed") else (torch.int64,):
         tensors = make(kind, B * S, N, K, dtype, 1 if selection == "one" else 4)
         options = selections(B, S, 4, ids_dtype)
         ids, rows = options[selection]
@@ -292,11 +295,10 @@ def test_elementwise_is_one_launch(dtype):
 
 
 @pytest.mark.skipif(not KERNELS, reason="K is split where kernels run")
-@pytest.mark.parametrize("K", [512, 1000])
-@pytest.mark.parametrize("M", [1, 20])
+@pytest.mark.parametrize(("M", "K"), [(1, 1000), (20, 512)])
 def test_split_k(M, K, monkeypatch):
     """Parts of K meet in a fixed order: run to run the same bits, whatever stands in other rows; counters end zero."""
-    dtype, N = torch.float16, 80
+    dtype, N = torch.float16, 72
     tile = ops.tiles.glu_linear_small(M, N, K, 90, True)
     monkeypatch.setattr(ops.tiles, "glu_linear_small", lambda *args: tile | dict(SPLIT=4, BLOCK_K=64))
     made, workspace = [], ops.split_workspace
@@ -305,7 +307,7 @@ def test_split_k(M, K, monkeypatch):
     y, got = call(tensors, ids), gradients(lambda *t: call(t, ids), tensors, dy.to(dtype))
     check(y, tensors, ids.tolist())
     check_gradients(got, tensors, ids.tolist(), dy.to(dtype))  # g and u are stored by the last part too
-    for _ in range(4 if INTERPRET else 250):
+    for _ in range(3 if INTERPRET else 250):
         assert torch.equal(call(tensors, ids), y)
     row = M // 2
     others = torch.arange(M, device=DEVICE) != row
@@ -330,7 +332,7 @@ def check_gradients(got, tensors, rows, dy, activation="silu"):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients(kind, activation, dtype):
-    M, (N, K) = rows_of(kind, 17), (48, 32) if kind == "large" else (259, 35)
+    M, (N, K) = rows_of(kind, 9), (128, 16) if kind == "large" else (131, 19)
     tensors = make(kind, M, N, K, dtype, biases="gate" if activation == "relu" else "both")
     ids, dy = ids_like("sorted", M, 3), torch.randn(M, N, device=DEVICE).to(dtype)
     got = gradients(lambda *t: call(t, ids, activation), tensors, dy)
@@ -547,8 +549,8 @@ def test_special_values_propagate_as_in_torch(activation, dtype):
     ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     got = ia3_glu(gate, up, scale.contiguous(), ids, activation)
     want = reference.act_glu(gate, up, scale, ids, activation)
-    # aten's vector code has gelu(Inf) NaN, its scalar code Inf, as it is in fp64 and here
-    known = gate != INF if activation == "gelu" else torch.ones_like(gate, dtype=torch.bool)
+    # aten's vector code has gelu(Inf) NaN and gelu of the largest fp32 Inf; its scalar code and fp64 agree with ours
+    known = ~(gate >= torch.finfo(dtype).max) if activation == "gelu" else torch.ones_like(gate, dtype=torch.bool)
     assert got.shape == (1, n**3) and got[(gate == INF) & (up == 1) & (scale == 1)].isinf().all() | (not KERNELS)
     for of in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(of(got)[known], of(want)[known]), of.__name__
@@ -826,7 +828,7 @@ def test_repeats_are_bitwise_equal(kind, dtype):
         return y, *torch.autograd.grad(y, leaves, dy)
 
     first = run()
-    times = 50 if dtype == torch.float16 and kind != "large" else 5
+    times = 50 if dtype == torch.float16 and kind != "large" else 2
     for _ in range(250 if DEVICE == "cuda" else times):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
