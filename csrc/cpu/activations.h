@@ -117,4 +117,16 @@ struct GeluTanh {
   }
 };
 
+// One of the kernels for None, relu, silu, gelu and gelu_tanh, which stand in this order.
+template <class Kernels>
+const Kernels& find_kernels(const char* op, const std::optional<std::string>& activation, const Kernels (&kernels)[5]) {
+  constexpr const char* names[] = {"relu", "silu", "gelu", "gelu_tanh"};
+  if (!activation)
+    return kernels[0];
+  for (int i = 0; i < 4; i++)
+    if (*activation == names[i])
+      return kernels[i + 1];
+  STD_TORCH_CHECK(false, op, ": activation must be None, relu, gelu, gelu_tanh or silu, got ", *activation);
+}
+
 } // namespace peft_ops
