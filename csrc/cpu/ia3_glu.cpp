@@ -7,35 +7,32 @@ namespace peft_ops {
 
 namespace {
 
-// One row, or a part of one, in fp32 or bf16. l is fp32.
-using ForwardRow = void (*)(const void* gate, const void* up, const float* l, void* h, int64_t n);
+// One row, or a part of one, in fp32 or bf16, to fp32, as in ia3_scale.cpp.
+using ForwardRow = void (*)(const void* gate, const void* up, const float* l, float* h, int64_t n);
 using BackwardRow =
-    void (*)(const void* dh, const void* gate, const void* up, const float* l, void* dgate, void* dup, float* dl, int64_t n);
+    void (*)(const void* dh, const void* gate, const void* up, const float* l, float* dgate, float* dup, float* dl, int64_t n);
 
 template <class T, class Act>
-PEFT_OPS_CLONES void forward_row(const void* gate_ptr, const void* up_ptr, const float* __restrict l, void* h_ptr, int64_t n) {
+PEFT_OPS_CLONES void forward_row(
+    const void* gate_ptr, const void* up_ptr, const float* __restrict l, float* __restrict h, int64_t n) {
   const T* __restrict gate = static_cast<const T*>(gate_ptr);
   const T* __restrict up = static_cast<const T*>(up_ptr);
-  T* __restrict h = static_cast<T*>(h_ptr);
   for (int64_t i = 0; i < n; i++)
-    store(h + i, Act::value(load(gate[i])) * load(up[i]) * l[i]);
+    h[i] = Act::value(load(gate[i])) * load(up[i]) * l[i];
 }
 
 template <class T, class Act>
 PEFT_OPS_CLONES void backward_row(
     const void* dh_ptr, const void* gate_ptr, const void* up_ptr, const float* __restrict l,
-    void* dgate_ptr, void* dup_ptr, float* __restrict dl, int64_t n) {
+    float* __restrict dgate, float* __restrict dup, float* __restrict dl, int64_t n) {
   const T* __restrict dh = static_cast<const T*>(dh_ptr);
   const T* __restrict gate = static_cast<const T*>(gate_ptr);
   const T* __restrict up = static_cast<const T*>(up_ptr);
-  T* __restrict dgate = static_cast<T*>(dgate_ptr);
-  T* __restrict dup = static_cast<T*>(dup_ptr);
   for (int64_t i = 0; i < n; i++) {
-    float d = load(dh[i]), u = load(up[i]), scaled = d * l[i], dgate32;
-    float a = Act::backward(load(gate[i]), scaled * u, dgate32);
+    float d = load(dh[i]), u = load(up[i]), scaled = d * l[i];
+    float a = Act::backward(load(gate[i]), scaled * u, dgate[i]);
     dl[i] += d * (a * u);
-    store(dgate + i, dgate32);
-    store(dup + i, scaled * a);
+    dup[i] = scaled * a;
   }
 }
 
@@ -44,15 +41,20 @@ struct RowKernels {
   BackwardRow backward_f32, backward_bf16;
 
   void forward(Dtype dtype, const void* gate, const void* up, const float* l, void* h, int64_t n) const {
-    if (dtype != Dtype::F16)
-      return (dtype == Dtype::F32 ? forward_f32 : forward_bf16)(gate, up, l, h, n);
-    // through fp32 buffers: F16C has no place inside target_clones
+    if (dtype == Dtype::F32)
+      return forward_f32(gate, up, l, static_cast<float*>(h), n);
     alignas(64) float gate32[kBlock], up32[kBlock], h32[kBlock];
     for (int64_t c = 0; c < n; c += kBlock) {
       int64_t width = std::min(kBlock, n - c);
-      to_float(dtype, static_cast<const uint16_t*>(gate) + c, gate32, width);
-      to_float(dtype, static_cast<const uint16_t*>(up) + c, up32, width);
-      forward_f32(gate32, up32, l + c, h32, width);
+      const uint16_t* g = static_cast<const uint16_t*>(gate) + c;
+      const uint16_t* u = static_cast<const uint16_t*>(up) + c;
+      if (dtype == Dtype::F16) {
+        to_float(dtype, g, gate32, width);
+        to_float(dtype, u, up32, width);
+        forward_f32(gate32, up32, l + c, h32, width);
+      } else {
+        forward_bf16(g, u, l + c, h32, width);
+      }
       from_float(dtype, h32, static_cast<uint16_t*>(h) + c, width);
     }
   }
@@ -60,13 +62,17 @@ struct RowKernels {
   // n <= kBlock
   void backward(
       Dtype dtype, const void* dh, const void* gate, const void* up, const float* l, void* dgate, void* dup, float* dl, int64_t n) const {
-    if (dtype != Dtype::F16)
-      return (dtype == Dtype::F32 ? backward_f32 : backward_bf16)(dh, gate, up, l, dgate, dup, dl, n);
+    if (dtype == Dtype::F32)
+      return backward_f32(dh, gate, up, l, static_cast<float*>(dgate), static_cast<float*>(dup), dl, n);
     alignas(64) float dh32[kBlock], gate32[kBlock], up32[kBlock], dgate32[kBlock], dup32[kBlock];
-    to_float(dtype, dh, dh32, n);
-    to_float(dtype, gate, gate32, n);
-    to_float(dtype, up, up32, n);
-    backward_f32(dh32, gate32, up32, l, dgate32, dup32, dl, n);
+    if (dtype == Dtype::F16) {
+      to_float(dtype, dh, dh32, n);
+      to_float(dtype, gate, gate32, n);
+      to_float(dtype, up, up32, n);
+      backward_f32(dh32, gate32, up32, l, dgate32, dup32, dl, n);
+    } else {
+      backward_bf16(dh, gate, up, l, dgate32, dup32, dl, n);
+    }
     from_float(dtype, dgate32, dgate, n);
     from_float(dtype, dup32, dup, n);
   }
