@@ -227,7 +227,7 @@ def test_ia3_glu_with_special_values(activation, dtype):
     """Every gate beside every up: what is Inf or NaN is so where torch's is, and a base row's scale changes no bit."""
     gate, up = torch.cartesian_prod(torch.tensor(SPECIAL), torch.tensor(SPECIAL)).to(dtype).t()[:, None].contiguous()
     ia3_l = torch.tensor([[1.0], [-0.5], [0.0], [INF], [NAN], [1e-39]]).expand(-1, gate.shape[1]).contiguous()
-    # the activation in fp64, for aten's fp32 gelu of Inf is NaN in its vectors and Inf in what is left over; products in fp32
+    # act in fp64: aten's fp32 gelu of Inf is NaN in its vectors and Inf in what is left over. The products in fp32
     act = reference.ACTIVATIONS[activation](gate.double()).float()
     for task in range(-1, len(ia3_l) + 1):
         args = gate, up, ia3_l, torch.tensor([task]), activation
