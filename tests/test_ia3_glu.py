@@ -299,8 +299,8 @@ def test_elementwise_is_one_launch(dtype):
 def test_split_k(M, K, monkeypatch):
     """Parts of K meet in a fixed order: run to run the same bits, whatever stands in other rows; counters end zero."""
     dtype, N = torch.float16, 72
-    tile = ops.tiles.glu_linear_small(M, N, K, 90, True)
-    monkeypatch.setattr(ops.tiles, "glu_linear_small", lambda *args: tile | dict(SPLIT=4, BLOCK_K=64))
+    tile = ops.tiles.glu_linear_small(M, N, K, 90)
+    monkeypatch.setattr(ops.tiles, "glu_linear_small", lambda *args, **flags: tile | dict(SPLIT=4, BLOCK_K=64))
     made, workspace = [], ops.split_workspace
     monkeypatch.setattr(ops, "split_workspace", lambda *args: made.append(workspace(*args)) or made[-1])
     tensors, ids, dy = make("linear", M, N, K, dtype, 4), ids_like("distinct", M, 4), torch.randn(M, N, device=DEVICE)
