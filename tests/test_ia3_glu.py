@@ -96,8 +96,10 @@ def check(got, tensors, rows, activation="silu", called=None):
     """
     rows = [0] * tensors[0].shape[0] if rows is None else rows
     assert got.dtype == tensors[0].dtype and got.is_contiguous()
-    if len(tensors) == 6 and not ops.is_fused("ia3_glu_linear", *tensors[:3]):
-        gate, up, ia3_l = layers(tensors if called is None else called)
+    called = tensors if called is None else called
+    contiguous = all(w.is_contiguous() for w in called[1:3])
+    if len(tensors) == 6 and not (contiguous and ops.is_fused("ia3_glu_linear", *tensors[:3])):
+        gate, up, ia3_l = layers(called)
         gate, up, ids = *(t.reshape(len(rows), -1) for t in (gate, up)), torch.tensor(rows, device=DEVICE)
         assert_same(got, ia3_glu(gate, up, ia3_l[None] if ia3_l.dim() == 1 else ia3_l, ids, activation), bitwise=True)
         return

@@ -189,9 +189,10 @@ def _ia3_glu_linear(
 ):
     op = "ia3_glu_linear"
     lead, rows = (*x.shape[:-1], gate_weight.shape[0]), as_rows(x)
-    if is_fused(op, rows, gate_weight, up_weight, gated=True):
+    weights = gate_weight, up_weight
+    # transposed or sliced weights are the vendor's: the kernels walk along K in two weights with one stride
+    if all(w.is_contiguous() for w in weights) and is_fused(op, rows, *weights, gated=True):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        weights = gate_weight.contiguous(), up_weight.contiguous()
         h, g, u = launch_glu_linear(
             rows, *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
         )
