@@ -37,7 +37,7 @@ test-native: setup  ## plain PyTorch and the native library; on a GPU, the compi
 	$(PYTEST) -m "$(MARKS)" --ignore=tests/compile tests
 
 test-interpreter: setup  ## the Triton kernels on CPU tensors: Triton reads TRITON_INTERPRET when it is imported
-	TRITON_INTERPRET=1 $(PYTEST) -m "kernels and ($(MARKS))" --ignore=tests/compile tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -m "kernels and ($(MARKS))" --ignore=tests/compile tests
 
 test-compile: setup  ## the Triton kernels compiled for GPUs that need not be there
 	$(PYTEST) -m "$(MARKS)" tests/compile

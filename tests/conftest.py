@@ -1,7 +1,7 @@
 """What the tests share: the device, the one tolerance rule, ids of every popularity, and poisoned allocations."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -36,6 +36,11 @@ def poisoned():
 def truncates(dtype: torch.dtype) -> bool:
     """The interpreter truncates fp32 to bf16, where a GPU and aten round to nearest: one ulp apart."""
     return INTERPRET and dtype == torch.bfloat16
+
+
+def fused(dtype: torch.dtype) -> bool:
+    """Whether a kernel of our own multiplies; elsewhere it is F.linear, bit by bit."""
+    return KERNELS and (INTERPRET or dtype.itemsize == 2)
 
 
 def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -86,6 +91,26 @@ def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, fp64: Tensor, *, el
         assert not off.any(), f"{int(off.sum())} of {off.numel()} elements further from fp64 than torch's"
 
 
+def assert_like_torch(got: Tensor, same_dtype: Tensor, fp64: Tensor, *, elementwise: bool = False) -> None:
+    """The fp64 rule; for fp32, where two orders of the same sum differ by chance, with twice to thrice its factors.
+
+    elementwise: every 16-bit element too, but for 1e-6: terms of order one that cancel leave fp32's rounding behind.
+    """
+    error, allowed = (got.double() - fp64).abs(), (same_dtype.double() - fp64).abs()
+    if same_dtype.dtype != torch.float32:
+        assert_as_good_as_torch(got, same_dtype, fp64)
+        off = error > 2 * allowed + (2 if truncates(same_dtype.dtype) else 1) * ulp(fp64, same_dtype.dtype) + 1e-6
+        assert not (elementwise and off.any()), f"{int(off.sum())} elements further from fp64 than torch's"
+        return
+    assert got.shape == fp64.shape and torch.equal(got.isnan(), fp64.isnan())
+    if got.numel():
+        unit = ulp(fp64.abs().max(), torch.float32)
+        largest, torchs = error.max(), allowed.max()
+        assert largest <= 4 * torchs + 3 * unit, f"largest error {largest:.3g}, torch's {torchs:.3g}"
+        rms, torch_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
+        assert rms <= 3 * torch_rms + unit / 2, f"rms error {rms:.3g}, torch's {torch_rms:.3g}"
+
+
 def ids_like(kind: str, G: int, num_tasks: int, device=None, dtype=torch.int64) -> Tensor:
     """[G] ids: all the same, all different (as far as they go), uniform with base rows, one popular task, or sorted."""
     ids = {
@@ -99,6 +124,43 @@ def ids_like(kind: str, G: int, num_tasks: int, device=None, dtype=torch.int64) 
 
 
 ID_KINDS = ["identical", "distinct", "uniform", "skewed", "sorted"]
+BAD_IDS = [3, 4, -2, 2**31 - 1, -(2**31)]  # for three tasks
+
+# x [B, S, K] and weight [N, K] in memory, by name
+X_LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "permuted": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "sliced rows": lambda x: torch.cat([x, x], 1)[:, ::2],
+    "sliced columns": lambda x: torch.stack([x, x], -1)[..., 0],
+    "wide rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "expanded": lambda x: x[:, :1].expand(-1, x.shape[1], -1),
+}
+W_LAYOUTS = {
+    "rows": lambda w: w.contiguous(),
+    "columns": lambda w: w.t().contiguous().t(),
+    "sliced rows": lambda w: torch.stack([w, w], 1)[:, 0],
+    "neither": lambda w: torch.stack([w, w], -1)[..., 0],
+}
+
+
+def scales(ia3_l: Tensor, rows: list[int] | None, dtype: torch.dtype) -> Tensor:
+    """[len(rows), N]: the vector of each row's task, ones for the base model. rows: a list, or None for one task."""
+    rows = [0] if rows is None else rows
+    return torch.stack([torch.ones_like(ia3_l[0]) if t == -1 else ia3_l[t] for t in rows]).to(dtype)
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.detach().double() for t in tensors]
+
+
+def gradients(f: Callable, tensors, dy, asked=None) -> list[Tensor | None]:
+    """Gradients of the tensors asked for (all that are there), from leaves of their own."""
+    leaves = [None if t is None else t.detach().clone() for t in tensors]
+    wanted = [t for i, t in enumerate(leaves) if t is not None and (asked is None or asked[i])]
+    for t in wanted:
+        t.requires_grad_()
+    grads = iter(torch.autograd.grad(f(*leaves), wanted, dy))
+    return [next(grads) if any(t is w for w in wanted) else None for t in leaves]
 
 
 def guarded(*shape: int, dtype: torch.dtype, fill: float = float("nan"), margin: int = 256) -> tuple[Tensor, Tensor]:
@@ -112,6 +174,30 @@ def guarded(*shape: int, dtype: torch.dtype, fill: float = float("nan"), margin:
 
 def assert_guards(buffer: Tensor, margin: int = 256) -> None:
     assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all(), "written outside the tensor"
+
+
+@contextmanager
+def guarded_allocations() -> Iterator[None]:
+    """Tensors of floats that torch.empty makes meanwhile stand between guards, which are looked at in the end.
+
+    They hold a number: a NaN in them was written.
+    """
+    empty, buffers = torch.empty, []
+
+    def fenced(size, *, dtype, device):
+        if not dtype.is_floating_point:
+            return empty(size, dtype=dtype, device=device)
+        view, buffer = guarded(*size, dtype=dtype)
+        buffers.append(buffer)
+        return view.fill_(1e4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", fenced)
+        patch.setattr(torch, "empty_like", lambda t: fenced(t.shape, dtype=t.dtype, device=t.device))
+        yield
+    assert buffers
+    for buffer in buffers:
+        assert_guards(buffer)
 
 
 @contextmanager

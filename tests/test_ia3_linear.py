@@ -1,5 +1,7 @@
 """ia3_linear: values and gradients against torch, fp64 and PEFT, task selection, layouts, tracing, and bad input."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -12,20 +14,28 @@ import peft_ops
 from peft_ops import ia3_linear, plan_tasks, reference
 from peft_ops.ops import ia3_linear as ops
 from tests.conftest import (
+    BAD_IDS,
     DEVICE,
     DTYPES,
     ID_KINDS,
     INTERPRET,
     KERNELS,
+    W_LAYOUTS,
+    X_LAYOUTS,
     assert_as_good_as_torch,
     assert_guards,
+    assert_like_torch,
     assert_same,
+    doubled,
+    fused,
+    gradients,
     guarded,
+    guarded_allocations,
     ids_like,
     launches,
     name_of,
+    scales,
     truncates,
-    ulp,
 )
 
 pytestmark = pytest.mark.kernels
@@ -44,18 +54,28 @@ SHAPES = [
     (7, 67, 7),
     (17, 33, 31),
     (64, 40, 24),
-    (65, 48, 40),
+    (65, 48, 48),
     (70, 33, 31),
-    (128, 136, 72),
-    (129, 24, 72),
-    (300, 16, 8),
+    (128, 144, 80),
+    (129, 32, 80),
+    (300, 16, 16),
 ]
 SHAPE_IDS = [f"M{M}-N{N}-K{K}" for M, N, K in SHAPES]
 
 
-def fused(dtype) -> bool:
-    """Whether a kernel of our own multiplies; elsewhere it is F.linear, bit by bit."""
-    return KERNELS and (INTERPRET or dtype.itemsize == 2)
+@pytest.fixture(autouse=True)
+def large_above_64_rows():
+    """By its own rule the large kernel starts where 128 x 128 tiles fill half a GPU, which no test here can afford."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.tiles, "linear_is_small", lambda M, N, capability: M <= 64)
+        yield
+
+
+@pytest.fixture
+def real_rule(large_above_64_rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops.tiles, "linear_is_small", import_module("peft_ops.kernels.tiles").linear_is_small)
+        yield
 
 
 def make(M, N, K, dtype=torch.float32, num_tasks=3, *, bias=True, is_feedforward=False, l_dtype=torch.float32):
@@ -65,12 +85,6 @@ def make(M, N, K, dtype=torch.float32, num_tasks=3, *, bias=True, is_feedforward
     return x.to(dtype), weight.to(dtype), torch.randn(N, device=DEVICE).to(dtype) if bias else None, table.to(l_dtype)
 
 
-def scales(ia3_l, rows, dtype):
-    """[len(rows), N]: the vector of each row's task, ones for the base model. rows: a list, or None for one task."""
-    rows = [0] if rows is None else rows
-    return torch.stack([torch.ones_like(ia3_l[0]) if t == -1 else ia3_l[t] for t in rows]).to(dtype)
-
-
 def expected(x, weight, bias, ia3_l, rows, activation=None, is_feedforward=False):
     """The specification, written out in x's dtype: PEFT's arithmetic, one vector per row."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -78,30 +92,6 @@ def expected(x, weight, bias, ia3_l, rows, activation=None, is_feedforward=False
     if is_feedforward:
         return F.linear((x.to(dtype) * scale).to(x.dtype), weight, bias)
     return (ACTIVATIONS[activation](F.linear(x, weight, bias).to(dtype)) * scale).to(x.dtype)
-
-
-def doubled(*tensors):
-    return [None if t is None else t.detach().double() for t in tensors]
-
-
-def assert_like_torch(got, same_dtype, fp64, *, elementwise=False):
-    """The fp64 rule; for fp32, where two orders of the same sum differ by chance, with twice to thrice its factors.
-
-    elementwise: every 16-bit element too, but for 1e-6: terms of order one that cancel leave fp32's rounding behind.
-    """
-    error, allowed = (got.double() - fp64).abs(), (same_dtype.double() - fp64).abs()
-    if same_dtype.dtype != torch.float32:
-        assert_as_good_as_torch(got, same_dtype, fp64)
-        off = error > 2 * allowed + (2 if truncates(same_dtype.dtype) else 1) * ulp(fp64, same_dtype.dtype) + 1e-6
-        assert not (elementwise and off.any()), f"{int(off.sum())} elements further from fp64 than torch's"
-        return
-    assert got.shape == fp64.shape and torch.equal(got.isnan(), fp64.isnan())
-    if got.numel():
-        unit = ulp(fp64.abs().max(), torch.float32)
-        largest, torchs = error.max(), allowed.max()
-        assert largest <= 4 * torchs + 3 * unit, f"largest error {largest:.3g}, torch's {torchs:.3g}"
-        rms, torch_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-        assert rms <= 3 * torch_rms + unit / 2, f"rms error {rms:.3g}, torch's {torch_rms:.3g}"
 
 
 def check(got, x, weight, bias, ia3_l, rows, activation=None, is_feedforward=False):
@@ -144,7 +134,7 @@ def test_forward_feedforward(shape, dtype):
 @pytest.mark.parametrize("M", [9, 80])
 def test_vector_of_any_dtype(M, l_dtype, dtype):
     for is_feedforward in (False, True):
-        x, weight, b, ia3_l = make(M, 24, 16, dtype, l_dtype=l_dtype, is_feedforward=is_feedforward)
+        x, weight, b, ia3_l = make(M, 32, 16, dtype, l_dtype=l_dtype, is_feedforward=is_feedforward)
         ids = ids_like("sorted", M, 3)
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, is_feedforward=is_feedforward)
         check(y, x, weight, b, ia3_l, ids.tolist(), is_feedforward=is_feedforward)
@@ -176,7 +166,7 @@ def selections(B, S, num_tasks, ids_dtype=torch.int64):
 @pytest.mark.parametrize("S", [3, 37], ids=["small", "large"])
 @pytest.mark.parametrize("selection", ["one", "sequence", "token", "beams", "plan", "token plan", "packed"])
 def test_every_way_to_select_tasks(selection, S, dtype):
-    B, N, K = 4, 40, 24
+    B, N, K = 4, 48, 32
     cases = [(None, False), ("silu", False), (None, True)]
     for ids_dtype in (torch.int32, torch.int64):
         for activation, is_feedforward in cases if ids_dtype == torch.int64 else cases[:1]:
@@ -239,16 +229,6 @@ def test_equals_peft(bias, l_dtype, is_feedforward, dtype):
         assert_like_torch(dl.flatten(), dl_peft.flatten(), exact.flatten(0, -2).sum(0))
 
 
-def gradients(f, tensors, dy, asked=None):
-    """Gradients of the tensors asked for (all that are there), from leaves of their own."""
-    leaves = [None if t is None else t.detach().clone() for t in tensors]
-    wanted = [t for i, t in enumerate(leaves) if t is not None and (asked is None or asked[i])]
-    for t in wanted:
-        t.requires_grad_()
-    grads = iter(torch.autograd.grad(f(*leaves), wanted, dy))
-    return [next(grads) if any(t is w for w in wanted) else None for t in leaves]
-
-
 PLACEMENTS = {
     "output": {},
     "relu": {"activation": "relu"},
@@ -262,13 +242,14 @@ PLACEMENTS = {
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 257, 136), (7, 67, 35), (80, 48, 40), (66 if INTERPRET else 300, 40, 24)],
+    [(1, 48, 144), (1, 257, 136), (7, 67, 35), (80, 48, 48), (66 if INTERPRET else 300, 48, 32)],
     ids=lambda s: f"M{s[0]}-N{s[1]}-K{s[2]}",
 )
 def test_gradients(shape, placement, dtype):
     kwargs, M = PLACEMENTS[placement], shape[0]
     tensors = make(*shape, dtype, bias=M != 80, is_feedforward=placement == "feedforward")
     ids = ids_like("sorted" if INTERPRET and M > 64 else "uniform", M, 3)
+    ids[0] = 1  # torch gives a table that no row reads no gradient at all
     dy = torch.randn(M, shape[1], device=DEVICE).to(dtype)
 
     def ours(x, weight, bias, ia3_l):
@@ -367,7 +348,7 @@ SAVED = [
 @pytest.mark.parametrize(("placement", "grad", "saved"), SAVED, ids=[f"{p}-{g}" for p, g, _ in SAVED])
 @pytest.mark.parametrize("M", [50, 90])
 def test_saved_for_backward(M, placement, grad, saved, dtype):
-    N, K = 40, 24
+    N, K = 48, 32
     tensors = dict(zip("xwbl", make(M, N, K, dtype, is_feedforward=placement == "feedforward"), strict=True))
     for name in grad:
         tensors[name].requires_grad_()
@@ -404,8 +385,14 @@ def test_z_is_written_only_where_it_is_saved(placement, grad, saved, monkeypatch
 
 
 def launched(seen):
-    """Kernel and its way to select tasks, of each launch of a linear kernel."""
-    return [kwargs.get("TASKS", "small") for name, kwargs in seen if name.startswith("ia3_linear")]
+    """Of each launch of a linear kernel: vector, small, split, or the large one's way to select tasks."""
+
+    def kind(name, kwargs):
+        if "vector" in name:
+            return "vector"
+        return kwargs["TASKS"] if "SPLIT" not in kwargs else "split" if kwargs["SPLIT"] > 1 else "small"
+
+    return [kind(name, kwargs) for name, kwargs in seen if name.startswith("ia3_linear")]
 
 
 # sequences, rows of each, rows: a tile that two sequences share, three, many; none a multiple of the tile
@@ -426,7 +413,7 @@ TILES = {
 def test_tasks_of_a_tile(case, dtype):
     """Every way the large kernel applies scales: in fp32 the product of the unscaled result, bit by bit."""
     G, S, mode = TILES[case]
-    M, N, K, num_tasks = (G or 1) * S, 16, 8, 1 if G is None else 5
+    M, N, K, num_tasks = (G or 1) * S, 16, 16, 1 if G is None else 5
     x, weight, b, ia3_l = make(M, N, K, dtype, num_tasks)
     ids = None if G is None else torch.tensor([4, -1, 0, 3, 1], device=DEVICE)[torch.randperm(G, device=DEVICE) % 5]
     rows = None if G is None else ids.repeat_interleave(S).tolist()
@@ -446,7 +433,7 @@ def test_packed_sequences_around_the_tile(dtype):
     """Sequences of 127, 128, 129, 1 and 0 rows one after another: tiles with one, two and three tasks, by a plan."""
     lengths = torch.tensor([127, 1, 0, 129, 2, 40], device=DEVICE)
     M, ids = int(lengths.sum()), torch.tensor([1, 0, 3, 2, -1, 3], device=DEVICE)
-    x, weight, b, ia3_l = make(M, 24, 8, dtype, 4)
+    x, weight, b, ia3_l = make(M, 32, 16, dtype, 4)
     plan = plan_tasks(ids, M, 4, cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)))
     with launches(ops.kernels) as seen:
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=plan)
@@ -454,20 +441,39 @@ def test_packed_sequences_around_the_tile(dtype):
     check(y, x, weight, b, ia3_l, ids.repeat_interleave(lengths).tolist())
 
 
-@pytest.mark.skipif(not KERNELS, reason="which kernel runs is a question where kernels run")
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="a question where kernels run")
+
+
+@needs_kernels
 @pytest.mark.parametrize(
-    ("M", "N", "K", "offset", "kernel"),
+    ("M", "N", "K", "offset", "transposed", "kernel"),
     [
-        (64, 40, 24, 0, "small"),
-        (65, 40, 24, 0, "runs"),
-        (65, 41, 24, 0, "small"),
-        (65, 40, 25, 0, "small"),
-        (65, 40, 24, 1, "small"),
+        (1, 48, 32, 0, False, "vector"),
+        (4, 48, 32, 0, False, "vector"),
+        (4, 48, 32, 0, True, "small"),  # its loads run along K
+        (4, 40, 32, 0, False, "small"),
+        (4, 48, 24, 0, False, "small"),
+        (4, 48, 32, 1, False, "small"),
+        (4, 48, 512, 0, True, "split"),
+        (5, 48, 32, 0, False, "small"),
+        (5, 48, 1008, 0, False, "small"),
+        (5, 48, 1024, 0, False, "split"),
+        (64, 48, 496, 0, False, "small"),
+        (64, 48, 512, 0, False, "split"),
+        (65, 48, 32, 0, False, "small"),  # few tiles: too few for the large kernel to fill a GPU
+        (65, 48, 512, 0, True, "split"),
+        (65, 40, 512, 0, False, "small"),
+        (65, 48, 520, 0, False, "small"),
+        (65, 48, 512, 1, False, "small"),
+        (1024, 128, 16, 0, False, "small"),
+        (520, 1536, 16, 0, False, "runs"),  # counts as 1024 rows: 96 tiles fill half of an H200
+        (1025, 48, 16, 0, True, "runs"),
     ],
 )
-def test_which_kernel_runs(M, N, K, offset, kernel):
+def test_which_kernel_runs(M, N, K, offset, transposed, kernel, real_rule):
     dtype = torch.float16
     _, weight, b, ia3_l = make(M, N, K, dtype)
+    weight = weight.t().contiguous().t() if transposed else weight
     x, ids = torch.randn(M * K + offset, device=DEVICE).to(dtype)[offset:].view(M, K), ids_like("sorted", M, 3)
     with launches(ops.kernels) as seen:
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
@@ -475,9 +481,196 @@ def test_which_kernel_runs(M, N, K, offset, kernel):
     check(y, x, weight, b, ia3_l, ids.tolist())
 
 
+def prologue(x, weight, b, ia3_l, ids, num_tasks=3):
+    """ia3_linear of the input side, and whether its kernel scaled x on the way to the tensor cores."""
+    with launches(ops.kernels) as seen, peft_ops.set_backend("auto" if INTERPRET else "triton"):
+        y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, is_feedforward=True)
+    return y, [name for name, _ in seen] == ["ia3_linear_feedforward_kernel"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("transposed", [False, True], ids=["nk", "kn"])
+@pytest.mark.parametrize("tasks", ["one", "sequences", "plan", "base", "bad"])
+def test_feedforward_prologue(tasks, transposed, dtype):
+    """Tiles of one task each: x is scaled and rounded in registers, as the pass of its own would have done it."""
+    if not fused(dtype):
+        pytest.skip("fp32 runs on F.linear")
+    for B, S, N, K in ((3, 128, 48, 80), (1, 256, 144, 64)):
+        x, weight, b, ia3_l = make(B * S, N, K, dtype, is_feedforward=True, bias=N == 48)
+        weight = weight.t().contiguous().t() if transposed else weight
+        x = torch.cat([x, x + NAN], 1)[:, :K].view(B, S, K)  # strided rows
+        ids = {"base": [-1] * 3, "bad": [1, 7, -1]}.get(tasks, [2, 0, -1])[:B]
+        task_ids = torch.tensor(ids, device=DEVICE)
+        if tasks == "one":
+            ids, task_ids, ia3_l = [0] * B, None, ia3_l[0]
+        elif tasks == "plan":
+            task_ids = plan_tasks(task_ids, B * S, 3)
+        with guarded_allocations():
+            y, fused_in = prologue(x, weight, b, ia3_l, task_ids)
+        assert fused_in
+        table, rows = ia3_l.view(-1, K), [i for i in ids for _ in range(S)]
+        bad, rows = torch.tensor([i == 7 for i in rows], device=DEVICE), [i if i != 7 else -1 for i in rows]
+        want = expected(x.reshape(-1, K), weight, b, table, rows, is_feedforward=True)
+        fp64 = expected(*doubled(x.reshape(-1, K), weight, b, table), rows, is_feedforward=True)
+        y = y.view(B * S, N)
+        assert y[bad].isnan().all()
+        assert_like_torch(y[~bad], want[~bad], fp64[~bad])
+
+
+@needs_kernels
+def test_feedforward_prologue_needs_tiles_of_one_task():
+    """Tiles that two tasks share, few rows, unaligned rows: a pass of its own scales x, and the bits are PEFT's."""
+    for B, S, N, K in (
+        (3, 64, 48, 64),
+        (2, 192, 48, 64),
+        (130, 1, 48, 64),
+        (1, 64, 48, 64),
+        (1, 128, 40, 64),
+        (1, 128, 48, 24),
+    ):
+        x, weight, b, ia3_l = make(B * S, N, K, torch.float16, is_feedforward=True)
+        ids = ids_like("uniform", B, 3)
+        y, fused_in = prologue(x.view(B, S, K), weight, b, ia3_l, ids)
+        assert not fused_in, (B, S, N, K)
+        check(y.view(B * S, N), x, weight, b, ia3_l, ids.repeat_interleave(S).tolist(), is_feedforward=True)
+
+
+@needs_kernels
+def test_feedforward_prologue_rows_are_independent():
+    x, weight, b, ia3_l = make(384, 32, 48, torch.float16, is_feedforward=True)
+    x, ids = x.view(3, 128, 48), torch.tensor([0, 2, 1], device=DEVICE)
+    want, fused_in = prologue(x, weight, b, ia3_l, ids)
+    assert fused_in
+    for other in (-1, 0, 2):
+        x2, ids2 = x.clone(), ids.clone()
+        x2[[0, 2]], ids2[[0, 2]] = torch.randn_like(x2[[0, 2]]) * 100, other
+        x2[0, 3, 5] = NAN
+        assert torch.equal(prologue(x2, weight, b, ia3_l, ids2)[0][1], want[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+def test_vector_kernel(M, activation, dtype):
+    """Columns past N, K that ends inside a step, ids of one row and of all, strided rows, z beside y."""
+    if not fused(dtype):
+        pytest.skip("fp32 runs on F.linear")
+    bad = torch.tensor([2, -1, 7, 0], device=DEVICE)
+    for N, K, ids, bias in ((21, 144, bad[:M], True), (5, 1040, bad[:1], False), (16, 16, None, True)):
+        x, weight, b, ia3_l = make(M, N, K, dtype, 3, bias=bias)
+        x, weight = torch.cat([x, x + NAN], 1)[:, :K], torch.cat([weight, weight + NAN], 1)[:, :K]
+        with guarded_allocations():
+            y, z = torch.empty((M, N), dtype=dtype, device=DEVICE), torch.empty((M, N), dtype=dtype, device=DEVICE)
+            ops._launch_vector(x, weight, b, ia3_l, ids, activation, y, z, 90)
+        rows = [0] * M if ids is None else (ids if len(ids) == M else ids.repeat(M)).tolist()
+        good = [i for i, t in enumerate(rows) if t < 3]
+        check(y[good], x[good], weight, b, ia3_l, [rows[i] for i in good], activation)
+        check(z, x, weight, b, ia3_l, [-1] * M)
+        assert y[[i for i in range(M) if i not in good]].isnan().all()
+
+
+# rows, task_ids, K: few enough tiles that K is split, up to 1024 rows. It ends inside a step, and inside the last part
+SPLITS = {"5": (5, 5, 1040), "64": (64, 4, 528), "65": (65, 5, 1040), "200": (200, 200, 528), "1024": (1024, 8, 528)}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_split_k(case, dtype, real_rule):
+    """y, and the z of the backward, as good as torch's: without the extra room that fp32 has elsewhere."""
+    M, G, K = SPLITS[case]
+    if INTERPRET and M == 1024:
+        M = 136
+    x, weight, b, ia3_l = tensors = make(M, 48, K, dtype)
+    ids = ids_like("uniform", G, 3)
+    rows = ids.repeat_interleave(M // G).tolist()
+    with launches(ops.kernels) as seen:
+        y, z = torch.ops.peft_ops.ia3_linear(*tensors, ids, None, M // G, "silu", False, True)
+    assert launched(seen) == (["split"] if fused(dtype) else [])
+    same, fp64 = expected(*tensors, rows, "silu"), expected(*doubled(*tensors), rows, "silu")
+    assert_as_good_as_torch(y, same, fp64)
+    assert_as_good_as_torch(z, F.linear(x, weight, b), F.linear(*doubled(x, weight, b)))
+
+
+@needs_kernels
+def test_split_k_adds_its_parts_in_ascending_order(dtype, monkeypatch):
+    if not fused(dtype):
+        pytest.skip("fp32 runs on F.linear")
+    workspaces, real = [], ops.split_workspace
+    monkeypatch.setattr(ops, "split_workspace", lambda *args: workspaces.append(real(*args)) or workspaces[-1])
+    x, weight, b, ia3_l = make(5, 80, 4096, dtype)
+    ids = torch.tensor([1, -1, 0, 2, 1], device=DEVICE)
+    y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
+    ((part, count),) = workspaces
+    assert part.shape == (8, 5, 80) and not count.any()
+    for p, xs, ws in zip(part, x.float().chunk(8, 1), weight.float().chunk(8, 1), strict=True):
+        torch.testing.assert_close(p, xs @ ws.t())
+    up, down = torch.zeros_like(part[0]), torch.zeros_like(part[0])
+    for p, q in zip(part, part.flip(0), strict=True):
+        up, down = up + p, down + q
+    assert not torch.equal(up, down), "no order to see"
+    want = ((up + b.float()) * scales(ia3_l, ids.tolist(), torch.float32)).to(dtype)
+    assert_same(y, want)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter lets a test choose the order of programs")
+def test_split_k_does_not_depend_on_who_arrives_last(dtype, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    x, weight, b, ia3_l = make(5, 80, 4096, dtype)
+    ids, first = ids_like("uniform", 5, 3), builder.set_grid_idx
+    want = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
+    for order in ([7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 7, 1, 6, 2, 5, 4]):
+        seen = []
+        monkeypatch.setattr(
+            builder, "set_grid_idx", lambda i, j, k, order=order, seen=seen: seen.append(j) or first(i, order[j], k)
+        )
+        assert torch.equal(ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids), want)
+        assert max(seen) == 7
+
+
+@needs_kernels
+def test_split_k_leaves_its_counters_zero(monkeypatch):
+    """One pool serves launches of every shape, one after another, as on a stream."""
+    cases = [make(*shape, torch.float16) for shape in ((5, 80, 1024), (40, 400, 1024), (5, 80, 4096), (5, 80, 1024))]
+    ids = torch.tensor([1, -1, 0, 2, 2], device=DEVICE)
+
+    def run(x, weight, b, ia3_l):
+        return ia3_linear(x.view(5, -1, x.shape[1]), weight, b, ia3_l=ia3_l, task_ids=ids)
+
+    want = [run(*tensors) for tensors in cases]
+    pool, asked = torch.zeros(64, dtype=torch.int32, device=DEVICE), []
+    monkeypatch.setattr(ops, "_counters", lambda x, count: asked.append(count) or pool)
+    for tensors, y in zip(cases, want, strict=True):
+        assert torch.equal(run(*tensors), y)
+        assert not pool.any()
+    assert asked == [2, 7, 2, 2]
+
+
+@pytest.mark.parametrize("M", [5, 70])
+def test_split_k_keeps_rows_independent(M, dtype, real_rule):
+    x, weight, b, ia3_l = make(M, 48, 1024 if M == 5 else 512, dtype)
+    ids, row = ids_like("uniform", M, 3), M - 2
+    ids[row] = 1
+    before = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)[row].clone()
+    others = torch.arange(M, device=DEVICE) != row
+    x[others], ids[others], ia3_l[::2] = torch.randn_like(x[others]), -1, NAN
+    x[0], x[2, 500], ids[0] = NAN, INF, 2
+    with launches(ops.kernels) as seen:
+        after = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
+    assert torch.equal(after[row], before) and after[0].isnan().all()
+    assert launched(seen) == (["split"] if fused(dtype) else [])
+
+
+def test_split_k_repeats_bitwise(dtype):
+    x, weight, b, ia3_l = make(9, 48, 2048, dtype)
+    ids = ids_like("uniform", 9, 3)
+    first = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
+    for _ in range(250 if DEVICE == "cuda" else 50 if dtype == torch.float16 else 3):
+        assert torch.equal(ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids), first)
+
+
 def test_more_tiles_than_one_group(dtype):
     """Eight row tiles form a group, that reuses the weight; here are nine, and two columns of tiles."""
-    x, weight, b, ia3_l = make(1100, 136, 8, dtype, 1)
+    x, weight, b, ia3_l = make(1100, 144, 16, dtype, 1)
     check(ia3_linear(x, weight, b, ia3_l=ia3_l), x, weight, b, ia3_l, None)
 
 
@@ -485,7 +678,7 @@ def test_more_tiles_than_one_group(dtype):
 def test_mixed_batch_equals_each_task_alone(M, dtype):
     for num_tasks in (1, 2, 8, 64):
         for placement in ("output", "silu") if num_tasks == 8 else ("output",):
-            x, weight, b, ia3_l = make(M, 24, 16, dtype, num_tasks)
+            x, weight, b, ia3_l = make(M, 32, 16, dtype, num_tasks)
             ids = ids_like("sorted" if INTERPRET and M > 64 else "uniform", M, num_tasks)
             if INTERPRET and num_tasks == 64 and M > 64:
                 ids = ids[:1].expand(5).repeat_interleave(M // 5).clone()
@@ -509,7 +702,7 @@ def test_rows_are_independent(placement, dtype):
 
     for i in range(8 if INTERPRET else 40):
         M, N, K = (
-            (random(65, 90), 8 * random(1, 4), 8 * random(1, 4))
+            (random(65, 90), 16 * random(1, 3), 16 * random(1, 3))
             if i % 4 == 0
             else (random(2, 40), random(1, 40), random(1, 40))
         )
@@ -533,8 +726,8 @@ def test_rows_are_independent(placement, dtype):
 @pytest.mark.parametrize("S", [5, 14])
 def test_order_of_sequences_does_not_matter(S, dtype):
     B = 6
-    x, weight, b, ia3_l = make(B * S, 24, 40, dtype)
-    x, ids = x.view(B, S, 40), ids_like("uniform", B, 3)
+    x, weight, b, ia3_l = make(B * S, 32, 48, dtype)
+    x, ids = x.view(B, S, 48), ids_like("uniform", B, 3)
     whole = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, activation="silu")
     for _ in range(3):
         order = torch.randperm(B, device=DEVICE)
@@ -550,18 +743,15 @@ def test_order_of_sequences_does_not_matter(S, dtype):
 @pytest.mark.parametrize("M", [10, 80])
 def test_base_rows_are_the_unscaled_result(M, dtype):
     for placement, kwargs in PLACEMENTS.items():
-        x, weight, b, ia3_l = make(M, 24, 16, dtype, is_feedforward=placement == "feedforward")
+        x, weight, b, ia3_l = make(M, 32, 16, dtype, is_feedforward=placement == "feedforward")
         x[0], x[3, 0], ia3_l[:] = 0, INF, NAN
         ids = torch.where(torch.arange(M, device=DEVICE) < M // 2, -1, 1)
         y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, **kwargs)
-        bare = ia3_linear(x, weight, b, ia3_l=torch.ones_like(ia3_l[0]), **kwargs)
+        bare = ia3_linear(x, weight, b, ia3_l=torch.ones_like(ia3_l), task_ids=torch.zeros_like(ids), **kwargs)
         assert_same(y[: M // 2], bare[: M // 2], bitwise=True)
         assert y[M // 2 :].isnan().all()
         if "activation" not in kwargs and not fused(dtype):
             assert_same(y[: M // 2], F.linear(x, weight, b)[: M // 2], bitwise=True)
-
-
-BAD_IDS = [3, 4, -2, 2**31 - 1, -(2**31)]
 
 
 @pytest.mark.parametrize("placement", ["output", "silu", "feedforward"])
@@ -570,7 +760,7 @@ BAD_IDS = [3, 4, -2, 2**31 - 1, -(2**31)]
 def test_bad_id(bad, ids_dtype, placement, dtype):
     kwargs = PLACEMENTS[placement]
     for M in (4,) if INTERPRET and ids_dtype == torch.int32 else (4, 68):
-        x, weight, b, memory = make(M, 24, 16, dtype, 9, is_feedforward=placement == "feedforward")
+        x, weight, b, memory = make(M, 32, 16, dtype, 9, is_feedforward=placement == "feedforward")
         # beside the table stand numbers: a read there would not give the NaN that is asked for
         table, kept = memory[3:6], memory.clone()
         ids = torch.tensor([0, bad, -1, 2], dtype=ids_dtype, device=DEVICE).repeat_interleave(M // 4)
@@ -588,6 +778,36 @@ def test_bad_id(bad, ids_dtype, placement, dtype):
         assert torch.equal(memory, kept)
 
 
+# sequences, rows of each, N, K -> the kernel. In the large one's tiles: two tasks, three, and one per row
+KERNELS_WITH_IDS = {
+    "vector": (4, 1, 32, 32, "vector"),
+    "small": (4, 5, 33, 19, "small"),
+    "split": (4, 5, 48, 1024, "split"),
+    "two": (4, 140, 32, 32, "two"),
+    "runs": (4, 50, 32, 32, "runs"),
+    "token": (90, 1, 32, 32, "runs"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", BAD_IDS)
+@pytest.mark.parametrize("case", KERNELS_WITH_IDS)
+def test_bad_id_in_every_kernel(case, bad):
+    """NaN in its own rows of y, written there; z, the other rows, and what stands around all tensors stay right."""
+    G, S, N, K, kernel = KERNELS_WITH_IDS[case]
+    x, weight, b, memory = make(G * S, N, K, torch.float16, 9)
+    table, kept = memory[3:6], memory.clone()
+    ids = torch.tensor([0, bad, -1, 2], device=DEVICE).repeat(-(-G // 4))[:G]
+    rows = ids.repeat_interleave(S)
+    with launches(ops.kernels) as seen, guarded_allocations():
+        y, z = ops.launch_linear(x, weight, b, table, ids, None, S, None, True)
+    assert launched(seen) == [kernel]
+    assert y[rows == bad].isnan().all() and torch.equal(memory, kept)
+    good = rows != bad
+    check(y[good], x[good], weight, b, table, rows[good].tolist())
+    check(z, x, weight, b, table, [-1] * (G * S))
+
+
 @pytest.mark.skipif(KERNELS, reason="on a GPU a bad id gives NaN, without a synchronisation")
 def test_bad_id_of_64_bits_and_of_an_uncovered_row():
     x, weight, b, ia3_l = make(6, 8, 8)
@@ -602,7 +822,7 @@ def test_bad_id_of_64_bits_and_of_an_uncovered_row():
 @pytest.mark.parametrize("placement", ["output", "silu", "feedforward"])
 @pytest.mark.parametrize("M", [3, 66])
 def test_bad_id_has_nan_gradient_of_its_own_row_only(M, placement):
-    x, weight, b, ia3_l = make(M, 16, 8, is_feedforward=placement == "feedforward")
+    x, weight, b, ia3_l = make(M, 16, 16, is_feedforward=placement == "feedforward")
     ids = torch.tensor([1, 7, 1], device=DEVICE).repeat_interleave(M // 3)
 
     def f(x, weight, bias, ia3_l):
@@ -620,7 +840,9 @@ def test_guards_stay_intact():
         return int(torch.randint(low, high, (1,), generator=generator))
 
     for i in range(24 if INTERPRET else 200):
-        M, N, K = (random(90, 65), 8 * random(6), 8 * random(6)) if i % 4 == 0 else (random(70), random(70), random(70))
+        M, N, K = (
+            (random(90, 65), 16 * random(4), 16 * random(4)) if i % 4 == 0 else (random(70), random(70), random(70))
+        )
         dtype, num_tasks, is_feedforward = DTYPES[random(3, 0)], random(5), random(4) == 1
         tensors, buffers = zip(
             *(guarded(*s, dtype=d) for s, d in (((M, K), dtype), ((N, K), dtype), ((N,), dtype),
@@ -669,26 +891,10 @@ def test_zero_sequences_and_zero_tokens(dtype):
 
 def test_table_without_tasks_serves_the_base_model(dtype):
     for M in (3, 66):
-        x, weight, b, _ = make(M, 8, 16, dtype)
+        x, weight, b, _ = make(M, 16, 16, dtype)
         base = torch.full((M,), -1, device=DEVICE)
-        got = ia3_linear(x, weight, b, ia3_l=torch.empty(0, 8, device=DEVICE), task_ids=base)
-        assert torch.equal(got, ia3_linear(x, weight, b, ia3_l=torch.ones(8, device=DEVICE)))
-
-
-X_LAYOUTS = {
-    "contiguous": lambda x: x.contiguous(),
-    "permuted": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "sliced rows": lambda x: torch.cat([x, x], 1)[:, ::2],
-    "sliced columns": lambda x: torch.stack([x, x], -1)[..., 0],
-    "wide rows": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "expanded": lambda x: x[:, :1].expand(-1, x.shape[1], -1),
-}
-W_LAYOUTS = {
-    "rows": lambda w: w.contiguous(),
-    "columns": lambda w: w.t().contiguous().t(),
-    "sliced rows": lambda w: torch.stack([w, w], 1)[:, 0],
-    "neither": lambda w: torch.stack([w, w], -1)[..., 0],
-}
+        got = ia3_linear(x, weight, b, ia3_l=torch.empty(0, 16, device=DEVICE), task_ids=base)
+        assert torch.equal(got, ia3_linear(x, weight, b, ia3_l=torch.ones(16, device=DEVICE)))
 
 
 @pytest.mark.parametrize("w_layout", W_LAYOUTS)
@@ -697,24 +903,24 @@ def test_layouts(x_layout, w_layout, dtype):
     """Whatever the strides: values, contiguous results, and gradients, of the small kernel and of the large one."""
     sizes = (17 if dtype == torch.float16 else 5,) if INTERPRET else (5, 17)
     for S in sizes:
-        x, weight, b, ia3_l = make(4 * S, 40, 24, dtype)
-        x, weight = X_LAYOUTS[x_layout](x.view(4, S, 24)), W_LAYOUTS[w_layout](weight)
+        x, weight, b, ia3_l = make(4 * S, 48, 32, dtype)
+        x, weight = X_LAYOUTS[x_layout](x.view(4, S, 32)), W_LAYOUTS[w_layout](weight)
         leaves, ids = [x.detach().requires_grad_(), weight.detach().requires_grad_()], ids_like("uniform", 4, 3)
         y = out = ia3_linear(*leaves, b, ia3_l=ia3_l, task_ids=ids)
         y = y.detach()
         assert y.is_contiguous()
         rows = ids.repeat_interleave(S).tolist()
-        fp64 = expected(*doubled(x.reshape(4 * S, 24), weight, b, ia3_l), rows)
+        fp64 = expected(*doubled(x.reshape(4 * S, 32), weight, b, ia3_l), rows)
         as_it_came = weight.contiguous() if w_layout == "neither" else weight  # F.linear gets x as it came
         same = (F.linear(x, as_it_came, b).float() * scales(ia3_l, ids.tolist(), torch.float32)[:, None]).to(dtype)
-        assert_like_torch(y.view(4 * S, 40), same.view(4 * S, 40), fp64, elementwise=True)
+        assert_like_torch(y.view(4 * S, 48), same.view(4 * S, 48), fp64, elementwise=True)
         if not fused(dtype):  # asked again: torch folds a strided x that needs a gradient, and other bits come out
             assert torch.equal(ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids), same)
-        dy = torch.randn(4, S, 40, device=DEVICE).to(dtype)
+        dy = torch.randn(4, S, 48, device=DEVICE).to(dtype)
         for gradient in (dy, dy.transpose(0, 1).contiguous().transpose(0, 1), dy[:, :1].expand(-1, S, -1)):
             got = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
             dz = (gradient.float() * scales(ia3_l, ids.tolist(), torch.float32)[:, None]).to(dtype)
-            want = dz @ weight, dz.flatten(0, 1).t() @ x.reshape(4 * S, 24)
+            want = dz @ weight, dz.flatten(0, 1).t() @ x.reshape(4 * S, 32)
             for a, c in zip(got, want, strict=True):
                 if truncates(dtype):
                     assert (a.float() - c.float()).abs().max() <= 2**-5 * c.float().abs().max()
@@ -726,25 +932,25 @@ def test_layouts(x_layout, w_layout, dtype):
 @pytest.mark.parametrize("M", [5, 80])
 def test_transposed_weight_is_not_copied(M, dtype):
     """A transposed Conv1D weight [K, N]: the operator and its backward read it in place."""
-    x, weight, b, ia3_l = make(M, 40, 24, dtype)
+    x, weight, b, ia3_l = make(M, 48, 32, dtype)
     for w in (weight, weight.t().contiguous().t()):
         with torch.profiler.profile(record_shapes=True) as profile:
             y = ia3_linear(x.requires_grad_(), w, b, ia3_l=ia3_l, task_ids=ids_like("sorted", M, 3))
             y.backward(torch.ones_like(y))
         copies = [e for e in profile.events() if e.name in ("aten::copy_", "aten::clone", "aten::contiguous")]
-        assert not [e for e in copies if sorted(e.input_shapes[0]) == [24, 40]], copies
+        assert not [e for e in copies if sorted(e.input_shapes[0]) == [32, 48]], copies
 
 
 @pytest.mark.parametrize("M", [6, 68])
 def test_bias_and_table_strided(M, dtype):
     """Read by their strides: views of something wider, and one value for all."""
-    x, weight, b, ia3_l = make(M, 40, 24, dtype)
+    x, weight, b, ia3_l = make(M, 48, 32, dtype)
     ids = ids_like("sorted", M, 3)
     want = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids)
-    wide, tall = torch.cat([ia3_l, ia3_l], 1)[:, 40:], torch.stack([ia3_l, ia3_l], 1)[:, 0]
+    wide, tall = torch.cat([ia3_l, ia3_l], 1)[:, 48:], torch.stack([ia3_l, ia3_l], 1)[:, 0]
     for table in (wide, tall, ia3_l.t().contiguous().t(), torch.stack([ia3_l, ia3_l], -1)[..., 0]):
         assert torch.equal(ia3_linear(x, weight, b, ia3_l=table, task_ids=ids), want)
-    every_second, one_for_all = torch.stack([b, b + 1], -1)[:, 0], b[:1].expand(40)
+    every_second, one_for_all = torch.stack([b, b + 1], -1)[:, 0], b[:1].expand(48)
     assert torch.equal(ia3_linear(x, weight, every_second, ia3_l=ia3_l, task_ids=ids), want)
     want = ia3_linear(x, weight, one_for_all.contiguous(), ia3_l=ia3_l, task_ids=ids)
     assert torch.equal(ia3_linear(x, weight, one_for_all, ia3_l=ia3_l, task_ids=ids), want)
@@ -757,7 +963,7 @@ def test_bias_and_table_strided(M, dtype):
 @pytest.mark.parametrize("M", [6, 68])
 def test_ids_strided(M, placement, dtype):
     """Ids out of a wider tensor: no row may get what stands beside its id, another tenant's or nobody's."""
-    x, weight, b, ia3_l = make(M, 24, 24, dtype)
+    x, weight, b, ia3_l = make(M, 32, 32, dtype)
     ids = ids_like("sorted", M, 3)
 
     def linear(task_ids):
@@ -772,7 +978,7 @@ def test_repeats_are_bitwise_equal(dtype):
     for placement, M, times in (("silu", 20, 50), ("feedforward", 20, 50), ("silu", 66, 3 if INTERPRET else 50)):
         if INTERPRET and dtype != torch.float16:
             times = 3
-        tensors = make(M, 16, 8, dtype, is_feedforward=placement == "feedforward")
+        tensors = make(M, 16, 16, dtype, is_feedforward=placement == "feedforward")
         ids, dy = ids_like("sorted", M, 3), torch.randn(M, 16, device=DEVICE).to(dtype)
 
         def run(tensors=tensors, placement=placement, ids=ids, dy=dy):
@@ -806,7 +1012,7 @@ def test_loss_scale_of_a_power_of_two_is_exact():
 )  # fmt: skip
 def test_any_shape(M, N, K, num_tasks, aligned, bias, dtype, l_dtype, placement, kind, seed):
     torch.manual_seed(seed)
-    N, K = (-(-N // 8) * 8, -(-K // 8) * 8) if aligned else (N, K)
+    N, K = (-(-N // 16) * 16, -(-K // 16) * 16) if aligned else (N, K)
     kwargs = PLACEMENTS[placement]
     x, weight, b, ia3_l = make(
         M, N, K, dtype, num_tasks, bias=bias, is_feedforward=placement == "feedforward", l_dtype=l_dtype
@@ -902,7 +1108,7 @@ def test_opcheck(layout, placement, with_ids, grad):
 
 
 def test_opcheck_with_a_plan_and_a_large_batch():
-    x, weight, _, ia3_l = (t if t is None else t.requires_grad_() for t in make(130, 16, 8, bias=False))
+    x, weight, _, ia3_l = (t if t is None else t.requires_grad_() for t in make(130, 16, 16, bias=False))
     plan = plan_tasks(torch.tensor([0, 2], device=DEVICE), 130, 3)
     tensors = [plan.tiles, plan.run_index, plan.run_end]
     torch.library.opcheck(
@@ -930,9 +1136,9 @@ def test_compiles_with_dynamic_batches(placement):
     torch._dynamo.reset()
     frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=frames, fullgraph=True, dynamic=True)
-    _, *parameters = (t.requires_grad_() for t in make(1, 16, 8, is_feedforward=placement == "feedforward"))
+    _, *parameters = (t.requires_grad_() for t in make(1, 16, 16, is_feedforward=placement == "feedforward"))
     for B in (2, 3, 5, 20, 13):
-        x, ids = torch.randn(B, 4, 8, device=DEVICE, requires_grad=True), ids_like("uniform", B, 3)
+        x, ids = torch.randn(B, 4, 16, device=DEVICE, requires_grad=True), ids_like("uniform", B, 3)
         want, got = loss(x, *parameters, ids), compiled(x, *parameters, ids)
         assert torch.equal(got, want)
         leaves = x, *parameters
@@ -964,8 +1170,8 @@ def test_exports_and_loads(placement, tmp_path):
     class Linear(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = torch.nn.Linear(8, 16)
-            self.ia3_l = torch.nn.Parameter(torch.randn(3, 8 if placement == "feedforward" else 16))
+            self.linear = torch.nn.Linear(16, 16)
+            self.ia3_l = torch.nn.Parameter(torch.randn(3, 16))
 
         def forward(self, x, ids):
             if placement == "plan":
@@ -975,7 +1181,7 @@ def test_exports_and_loads(placement, tmp_path):
 
     module, x, ids = (
         Linear().to(DEVICE),
-        torch.randn(4, 5, 8, device=DEVICE),
+        torch.randn(4, 5, 16, device=DEVICE),
         torch.tensor([0, 1, -1, 2], device=DEVICE),
     )
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -983,7 +1189,7 @@ def test_exports_and_loads(placement, tmp_path):
     torch.export.save(program, tmp_path / "linear.pt2")
     loaded = torch.export.load(tmp_path / "linear.pt2").module()
     for B in (7, 30):
-        x, ids = torch.randn(B, 5, 8, device=DEVICE), ids_like("uniform", B, 3)
+        x, ids = torch.randn(B, 5, 16, device=DEVICE), ids_like("uniform", B, 3)
         assert torch.equal(loaded(x, ids), module(x, ids))
 
 
@@ -1040,7 +1246,7 @@ def test_higher_derivatives_refuse():
 @pytest.mark.parametrize("placement", ["output", "silu", "feedforward"])
 def test_activation_checkpointing_is_bitwise(placement, reentrant, dtype):
     for M, task_ids in ((9, lambda ids: ids), (66, lambda ids: plan_tasks(ids, 66, 3))):
-        tensors = make(M, 16, 8, dtype, is_feedforward=placement == "feedforward")
+        tensors = make(M, 16, 16, dtype, is_feedforward=placement == "feedforward")
         dy = torch.randn(M, 16, device=DEVICE).to(dtype)
         ids = task_ids(ids_like("sorted", M, 3))
 
@@ -1071,7 +1277,7 @@ def test_reference_backend_is_plain_torch(dtype):
 def test_callers_allocator_is_untouched():
     allocation = pytest.importorskip("triton.runtime._allocation")
     before = allocation._allocator.get()
-    x, weight, b, ia3_l = make(66, 16, 8, torch.float16, 1)
+    x, weight, b, ia3_l = make(66, 16, 16, torch.float16, 1)
     with launches(ops.kernels) as seen:
         ia3_linear(x, weight, b, ia3_l=ia3_l)
     assert launched(seen) == ["one"] and allocation._allocator.get() is before
