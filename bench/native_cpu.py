@@ -8,6 +8,7 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,55 @@ def scale_shape(case: str, x, dy, v, table, ids):
     yield f"ia3_scale_backward tasks silu {case}", tasks
 
 
+def glu_cases():
+    for name, dtype in DTYPES.items():
+        for M, N in SHAPES:
+            gate, up, dh = (torch.randn(M, N).to(dtype) for _ in range(3))
+            v, table = torch.randn(N), torch.randn(min(M, 4), N)
+            ids = torch.arange(M) * len(table) // M
+            yield from glu_shape(f"{name} {M}x{N}", gate, up, dh, v, table, ids)
+
+
+def glu_shape(case: str, gate, up, dh, v, table, ids):
+    dtype, args = gate.dtype, (gate, up, v[None], None)
+    for activation in ("silu", "gelu_tanh", "gelu", "relu", None):
+        act = reference.ACTIVATIONS[activation]
+        same = {
+            "native": partial(native.ia3_glu, *args, activation),
+            "A/A": partial(native.ia3_glu, *args, activation),
+            # the model's act(gate) * up in its dtype, then the scale of the down projection's input
+            "peft": lambda act=act: ((act(gate) * up) * v).to(dtype),
+            "reference": partial(reference.act_glu, *args, activation),
+        }
+        yield f"ia3_glu {activation} {case}", same
+        both = {
+            "native": partial(native.ia3_glu_backward, dh, *args, activation, True, True),
+            "peft": partial(peft_glu_backward, dh, gate, up, v, activation),
+            "reference": partial(reference.act_glu_backward, dh, *args, activation, [True, True]),
+        }
+        yield f"ia3_glu_backward {activation} {case}", both
+    tasks = {
+        "native": lambda: native.ia3_glu(gate, up, table, ids, "silu"),
+        "peft, gathered": lambda: ((F.silu(gate) * up) * table[ids]).to(dtype),
+        "reference": lambda: reference.act_glu(gate, up, table, ids, "silu"),
+    }
+    yield f"ia3_glu tasks silu {case}", tasks
+    both = {
+        "native": lambda: native.ia3_glu_backward(dh, gate, up, table, ids, "silu", True, True),
+        "reference": lambda: reference.act_glu_backward(dh, gate, up, table, ids, "silu", [True, True]),
+    }
+    yield f"ia3_glu_backward tasks silu {case}", both
+
+
+def peft_glu_backward(dh, gate, up, v, activation):
+    """What autograd runs for ((act(gate) * up) * v).to(dtype): the scale's part in fp32, the rest in dtype."""
+    dtype, a = gate.dtype, reference.ACTIVATIONS[activation](gate)
+    d = dh.float()
+    dl, dz = (d * (a * up)).sum(0), (d * v).to(dtype)
+    dgate = dz * up if activation is None else reference.ACTIVATION_BACKWARD[activation](dz * up, gate)
+    return dgate, dz * a, dl
+
+
 def prompt_cases():
     for name, dtype in DTYPES.items():
         for B, S, P, E in ((8, 512, 20, 4096), (8, 128, 20, 768), (1, 32, 20, 768), (1, 1, 1, 768)):
@@ -119,7 +169,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{'case':50} {'native us':>10}   peer us (ratio)")
-    for case, calls in [*scale_cases(), *prompt_cases()]:
+    for case, calls in chain(scale_cases(), glu_cases(), prompt_cases()):
         if args.only not in case:
             continue
         a, row = calls.pop("native"), []

@@ -74,7 +74,7 @@ def ia3_glu_bwd_kernel(
             dz = dh * scale[None, :]
         a, dg = activate_backward(g.to(tl.float32), dz * u, ACTIVATION)
         if NEED_DL:
-            acc += dh * a * u
+            acc += dh * (a * u)
         if NEED_DX:
             tl.store(dg_ptr + row * N + cols, dg.to(dg_ptr.dtype.element_ty), mask=mask)
             tl.store(du_ptr + row * N + cols, (dz * a).to(du_ptr.dtype.element_ty), mask=mask)

@@ -32,9 +32,12 @@ SCHEMAS = {
     " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
 }
-# csrc/ implements these. x, dy, z: [M, N], last dimension contiguous; task_ids: [G], G dividing M
+# csrc/ implements these. x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
     "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
+    "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
+    "ia3_glu_backward": "(Tensor dh, Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation,"
+    " bool need_dx, bool need_dl) -> (Tensor, Tensor, Tensor)",
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dz, bool need_dl) -> (Tensor, Tensor)",

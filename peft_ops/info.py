@@ -16,7 +16,14 @@ from peft_ops._native_rule import native_wins
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-NATIVE_OPS = ("ia3_scale", "ia3_scale_backward", "prompt_concat", "prompt_concat_backward")
+NATIVE_OPS = (
+    "ia3_scale",
+    "ia3_scale_backward",
+    "ia3_glu",
+    "ia3_glu_backward",
+    "prompt_concat",
+    "prompt_concat_backward",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_ops import _library, get_backend, ia3_scale, prompt_concat, set_backend
+from peft_ops import _library, get_backend, ia3_glu, ia3_scale, prompt_concat, set_backend
 from tests.conftest import DEVICE, KERNELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +37,12 @@ def run(code, **env):
 
 
 def operators():
-    """Both families, forward and backward, on what DEVICE holds."""
+    """Operators with native kernels, forward and backward, on what DEVICE holds."""
     x, ia3_l = torch.ones(2, 8, device=DEVICE), torch.full((3, 8), 2.0, device=DEVICE, requires_grad=True)
     task_ids, ids = torch.tensor([1, -1], device=DEVICE), torch.tensor([[1, 2], [0, 1]], device=DEVICE)
     prompts, embedding = torch.ones(3, 2, 8, device=DEVICE, requires_grad=True), torch.ones(4, 8, device=DEVICE)
     return {
+        "ia3_glu": lambda: ia3_glu(x, x, ia3_l, task_ids),
         "ia3_scale": lambda: ia3_scale(x, ia3_l, task_ids),
         "prompt_concat": lambda: prompt_concat(ids, embedding, prompts, task_ids).inputs_embeds,
     }
@@ -123,7 +124,7 @@ def test_triton_refuses_cpu_tensors(op):
 
 
 @on_a_cpu
-@pytest.mark.parametrize("op", ["ia3_scale", "prompt_concat"])
+@pytest.mark.parametrize("op", ["ia3_glu", "ia3_scale", "prompt_concat"])
 def test_native_needs_the_library(op, monkeypatch):
     monkeypatch.setattr(_library, "_HAS_NATIVE", False)
     want = operators()[op]()  # auto goes on without it
@@ -138,7 +139,7 @@ def test_native_needs_the_library(op, monkeypatch):
 
 @on_a_cpu
 @pytest.mark.skipif(not _library.has_native(), reason="the native library is not built")
-@pytest.mark.parametrize("op", ["ia3_scale", "prompt_concat"])
+@pytest.mark.parametrize("op", ["ia3_glu", "ia3_scale", "prompt_concat"])
 def test_native_runs_native_code(op, monkeypatch):
     """And the reference does not: the library's operators are counted, forward and backward."""
     calls = []

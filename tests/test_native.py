@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,10 @@ def test_no_read_outside_the_table_and_no_write_outside_the_rows():
     assert y[1:5].isnan().all() and y[[0, 5]].isfinite().all()
     dz, dl = native.ia3_scale_backward(x, x, ia3_l, IDS["bad"], "silu", True, True)
     assert dz[1:5].isnan().all() and dl.isfinite().all()
+    h = native.ia3_glu(x, x, ia3_l, IDS["bad"], "silu")
+    assert h[1:5].isnan().all() and h[[0, 5]].isfinite().all()
+    dgate, dup, dl = native.ia3_glu_backward(x, x, x, ia3_l, IDS["bad"], "silu", True, True)
+    assert dgate[1:5].isnan().all() and dup[1:5].isnan().all() and dl.isfinite().all()
     assert_guards(buffer)
     assert_guards(table)
 
@@ -194,6 +199,103 @@ def test_backward_gives_what_is_asked_for(activation, dtype):
         assert_bits(got[1], dl if need_dl else torch.empty(0))
 
 
+@pytest.mark.parametrize("l_dtype", DTYPES, ids=lambda d: f"l_{name_of(d)}")
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("N", SIZES)
+def test_ia3_glu_is_bitwise_the_reference(N, activation, l_dtype, dtype):
+    gate, up, ia3_l = randn(12, N, dtype=dtype), randn(12, N, dtype=dtype), randn(TASKS, N, dtype=l_dtype)
+    for name, ids in IDS.items():
+        got = native.ia3_glu(gate, up, ia3_l, ids, activation)
+        try:
+            assert_bits(got, reference.act_glu(gate, up, ia3_l, ids, activation))
+        except AssertionError as error:
+            raise AssertionError(f"ids {name}: {error}") from error
+
+
+@pytest.mark.parametrize("N", [1, 33, 1023, 4097])
+@pytest.mark.parametrize("activation", ACTIVATIONS[2:])
+def test_ia3_glu_is_as_good_as_torch(activation, N, dtype):
+    for width in (0.5, 1.0, 4.0):
+        gate, up = (width * randn(24, N, dtype=F32)).to(dtype), randn(24, N, dtype=dtype)
+        args = gate, up, randn(TASKS, N, dtype=F32), IDS["mixed"], activation
+        torch_own, want = reference.act_glu(*args), fp64(reference.act_glu, *args)
+        assert_close(native.ia3_glu(*args), torch_own, want)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_ia3_glu_with_special_values(activation, dtype):
+    """Every gate beside every up: what is Inf or NaN is so where torch's is, and a base row's scale changes no bit."""
+    gate, up = torch.cartesian_prod(torch.tensor(SPECIAL), torch.tensor(SPECIAL)).to(dtype).t()[:, None].contiguous()
+    ia3_l = torch.tensor([[1.0], [-0.5], [0.0], [INF], [NAN], [1e-39]]).expand(-1, gate.shape[1]).contiguous()
+    # act in fp64: aten's fp32 gelu of Inf is NaN in its vectors and Inf in what is left over. The products in fp32
+    act = reference.ACTIVATIONS[activation](gate.double()).float()
+    for task in range(-1, len(ia3_l) + 1):
+        args = gate, up, ia3_l, torch.tensor([task]), activation
+        got, want = native.ia3_glu(*args), reference.act_glu(act, up.float(), *args[2:4], None).to(dtype)
+        assert torch.equal(got.isnan(), want.isnan())
+        for sign in (torch.isposinf, torch.isneginf):
+            assert torch.equal(sign(got), sign(want))
+        if activation in (None, "relu"):
+            assert_bits(got, want)
+            dgate, dup, _ = native.ia3_glu_backward(up, *args, True, True)
+            want = reference.act_glu_backward(up, *args, [True, True])
+            assert_bits(dgate, want[0])
+            assert_bits(dup, want[1])
+    base = native.ia3_glu(gate, up, ia3_l, torch.tensor([-1]), activation)
+    assert_bits(base, native.ia3_glu(gate, up, ia3_l, torch.tensor([0]), activation))
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_ia3_glu_with_misaligned_and_strided_rows(offset, dtype):
+    N = 65
+    gate, up, dh = (
+        randn(7 * stride + 8, dtype=dtype)[offset:].as_strided((7, N), (stride, 1)) for stride in (90, 70, 65)
+    )
+    ia3_l = randn(TASKS * 77 + 8, dtype=F32)[offset:].as_strided((TASKS, N), (77, 1))
+    ids = torch.tensor([0, 4, -1, 2, 2, 1, 7])
+    assert_bits(native.ia3_glu(gate, up, ia3_l, ids, None), reference.act_glu(gate, up, ia3_l, ids, None))
+    packed = (t.contiguous() for t in (dh, gate, up, ia3_l))
+    want = native.ia3_glu_backward(*packed, ids, "silu", True, True)
+    for got, one in zip(native.ia3_glu_backward(dh, gate, up, ia3_l, ids, "silu", True, True), want, strict=True):
+        assert_bits(got, one)
+    one_row = gate[:1].expand(7, N)
+    assert_bits(native.ia3_glu(one_row, up, ia3_l, ids, None), reference.act_glu(one_row, up, ia3_l, ids, None))
+
+
+@pytest.mark.parametrize("l_dtype", DTYPES, ids=lambda d: f"l_{name_of(d)}")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_ia3_glu_backward_is_as_good_as_torch(activation, l_dtype, dtype):
+    for N in (1, 33, 1025):
+        dh, gate, up = (randn(12, N, dtype=dtype) for _ in range(3))
+        ia3_l = randn(TASKS, N, dtype=l_dtype)
+        for ids in (torch.tensor([0]), IDS["mixed"], IDS["bad"]):
+            args = dh, gate, up, ia3_l, ids, activation
+            got = native.ia3_glu_backward(*args, True, True)
+            torch_own = reference.act_glu_backward(*args, [True, True])
+            want = fp64(reference.act_glu_backward, *args, [True, True])
+            for i in range(3):
+                if i < 2 and activation in (None, "relu"):
+                    assert_bits(got[i], torch_own[i])
+                else:
+                    assert_close(got[i], torch_own[i], want[i])
+        none = native.ia3_glu_backward(dh, gate, up, ia3_l, None, activation, True, True)
+        first = native.ia3_glu_backward(dh, gate, up, ia3_l, torch.tensor([0]), activation, True, True)
+        for one, other in zip(none, first, strict=True):
+            assert_bits(one, other)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_ia3_glu_backward_gives_what_is_asked_for(activation, dtype):
+    dh, gate, up = (randn(12, 65, dtype=dtype) for _ in range(3))
+    args = dh, gate, up, randn(TASKS, 65, dtype=F32), IDS["mixed"], activation
+    dgate, dup, dl = native.ia3_glu_backward(*args, True, True)
+    for need_dx, need_dl in ((True, False), (False, True), (False, False)):
+        got = native.ia3_glu_backward(*args, need_dx, need_dl)
+        for one, want in ((got[0], dgate), (got[1], dup)):
+            assert_bits(one, want if need_dx else torch.empty(0, dtype=dtype))
+        assert_bits(got[2], dl if need_dl else torch.empty(0))
+
+
 def fixed_order_sum(rows: torch.Tensor) -> torch.Tensor:
     """Rows in order within chunks of 256, then the chunks in order, in fp32."""
     total = torch.zeros(rows.shape[1])
@@ -211,15 +313,20 @@ def test_dl_is_summed_in_its_fixed_order(dtype):
     ids[:700] = torch.where(ids[:700] == 1, 2, ids[:700])  # task 2: several chunks
     _, dl = native.ia3_scale_backward(dy, torch.ones_like(dy), randn(TASKS, N, dtype=F32), ids, None, False, True)
     assert (ids == 2).sum() > 256
+    ones = torch.ones_like(dy)
+    _, _, glu_dl = native.ia3_glu_backward(dy, ones, ones, randn(TASKS, N, dtype=F32), ids, None, False, True)
     for task in range(TASKS):
         assert_bits(dl[task], fixed_order_sum(dy[ids == task]))
+    assert_bits(glu_dl, dl)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_dl_does_not_depend_on_other_rows_or_threads(activation, dtype):
     N = 1100
     own_z, own_dy, ia3_l = randn(600, N, dtype=dtype), randn(600, N, dtype=dtype), randn(TASKS, N, dtype=F32)
-    alone = native.ia3_scale_backward(own_dy, own_z, ia3_l, torch.tensor([2]), activation, True, True)
+    own_ids = torch.tensor([2])
+    alone = native.ia3_scale_backward(own_dy, own_z, ia3_l, own_ids, activation, True, True)
+    glu_alone = native.ia3_glu_backward(own_dy, own_z, own_z, ia3_l, own_ids, activation, True, True)
     for others in (1, 300, 701):
         ids = torch.tensor([0, 1, 3, 4, -1])[torch.randint(0, 5, (600 + others,))]
         own = torch.randperm(600 + others)[:600].sort().values
@@ -232,16 +339,21 @@ def test_dl_does_not_depend_on_other_rows_or_threads(activation, dtype):
             dz, dl = native.ia3_scale_backward(dy, z, ia3_l, ids, activation, True, True)
             assert_bits(dz[own], alone[0])
             assert_bits(dl[2], alone[1][2])
+            dgate, dup, dl = native.ia3_glu_backward(dy, z, z, ia3_l, ids, activation, True, True)
+            for got, want in ((dgate[own], glu_alone[0]), (dup[own], glu_alone[1]), (dl[2], glu_alone[2][2])):
+                assert_bits(got, want)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_row_is_the_same_in_every_batch(activation, dtype):
     x, ia3_l, ids = randn(257, 700, dtype=dtype), randn(TASKS, 700, dtype=BF16), torch.randint(-1, TASKS, (257,))
-    want = native.ia3_scale(x, ia3_l, ids, activation)
+    up = randn(257, 700, dtype=dtype)
+    want, want_h = native.ia3_scale(x, ia3_l, ids, activation), native.ia3_glu(x, up, ia3_l, ids, activation)
     for rows in (1, 2, 7, 64):
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert_bits(native.ia3_scale(x[-rows:], ia3_l, ids[-rows:], activation), want[-rows:])
+            assert_bits(native.ia3_glu(x[-rows:], up[-rows:], ia3_l, ids[-rows:], activation), want_h[-rows:])
 
 
 def test_many_tasks():
@@ -318,7 +430,8 @@ def test_two_threads_give_the_bits_of_one(dtype):
         torch.set_num_threads(threads)
         dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, "gelu_tanh", True, True)
         y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout)
-        results.append((y, dz, dl, out))
+        h = native.ia3_glu(x, x, ia3_l, ids, "gelu")
+        results.append((y, dz, dl, out, h, *native.ia3_glu_backward(x, x, x, ia3_l, ids, "silu", True, True)))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert_bits(got, want)
@@ -331,6 +444,10 @@ def test_zero_sizes(dtype):
         dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, None, True, True)
         assert_bits(dz, x)
         assert_bits(dl, ia3_l)
+        assert_bits(native.ia3_glu(x, x, ia3_l, ids, "silu"), x)
+        dgate, dup, dl = native.ia3_glu_backward(x, x, x, ia3_l, ids, "silu", True, True)
+        for got, want in ((dgate, x), (dup, x), (dl, ia3_l)):
+            assert_bits(got, want)
     assert native.ia3_scale_backward(x[:0], x[:0], torch.ones(2, 8), None, None, False, True)[1].eq(0).all()
     for B, S, P, E, V in ((0, 3, 2, 4, 5), (2, 0, 2, 4, 5), (2, 3, 0, 4, 5), (2, 3, 2, 0, 5), (2, 3, 2, 4, 0)):
         layout = torch.tensor([[0, 0, 0, P], [-1, 0, 0, 0]], dtype=torch.int32)[:B]
@@ -361,6 +478,15 @@ BAD_CALLS = [
     ("ia3_scale", (X, TABLE, None, "tanh"), "activation must be None, relu, gelu, gelu_tanh or silu, got tanh"),
     ("ia3_scale_backward", (X[:3], X, TABLE, None, None, True, True), r"dy must have z's shape \[4, 8\], got \[3, 8\]"),
     ("ia3_scale_backward", (X.half(), X, TABLE, None, None, True, True), "dy must have z's dtype, got Half"),
+    ("ia3_glu", (X.double(), X, TABLE, None, None), "gate must be float32, float16 or bfloat16, got Double"),
+    ("ia3_glu", (X, X[:3], TABLE, None, None), r"up must have gate's shape \[4, 8\], got \[3, 8\]"),
+    ("ia3_glu", (X, X.half(), TABLE, None, None), "up must have gate's dtype, got Half"),
+    ("ia3_glu", (X, X, TABLE[:, :7], None, None), r"ia3_l must have 8 columns as gate has, got shape \[2, 7\]"),
+    ("ia3_glu", (X, X, TABLE[:0], None, None), "ia3_l must have a row where task_ids is None, got none"),
+    ("ia3_glu", (X, X, TABLE, THREE_IDS, None), "task_ids must divide the 4 rows of gate, got 3 ids"),
+    ("ia3_glu", (X, X, TABLE, None, "tanh"), "activation must be None, relu, gelu, gelu_tanh or silu, got tanh"),
+    ("ia3_glu_backward", (X[:3], X, X, TABLE, None, None, True, True), r"dh must have gate's shape \[4, 8\], got"),
+    ("ia3_glu_backward", (X, X, X.half(), TABLE, None, None, True, True), "up must have gate's dtype, got Half"),
     ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT), r"tokens must be \[B, S\] where there is an"),
     ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT), "tokens must be float32, float16 or bfloat16, got Long"),
     ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT), r"embedding must be 2-D, got shape \[8\]"),
@@ -405,6 +531,28 @@ def test_the_library_needs_nothing_newer_than_torch_2_10_and_no_python():
     ours = {name for name in names if "torch" in name or "c10" in name or name.startswith("_ZN2at")}
     assert ours - allowed == set()
     assert not {name for name in names if name.startswith(("Py", "_Py"))}
+
+
+def test_ids_may_change_meanwhile():
+    """Another thread rewrites the ids of a backward: whatever it read of them, it stays inside its buffers."""
+    tasks, M = 64, 4096
+    ids, x, ia3_l, stop = torch.zeros(M, dtype=torch.int64), torch.ones(M, 2), torch.ones(tasks, 2), threading.Event()
+    choices = [torch.randint(-1, tasks, (M,)), torch.full((M,), tasks - 1), torch.zeros(M, dtype=torch.int64)]
+
+    def change():
+        while not stop.is_set():
+            for choice in choices:
+                ids.copy_(choice)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(200):
+            dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, None, True, True)
+            assert dz.eq(1).all() and dl.sum() <= 2 * M
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_every_native_schema_has_its_kernel():

@@ -99,18 +99,6 @@ struct Ids {
 
 Ids int_ids(const char* op, const char* arg, const Tensor& t);
 
-// The id groups of M rows: row m belongs to group m / per.
-constexpr int64_t kBase = -1, kBad = -2;
-struct Groups {
-  Ids ids; // data is null for one task that all rows have
-  int64_t num_tasks, count, per;
-
-  int64_t task(int64_t group) const {
-    if (ids.data == nullptr)
-      return 0;
-    int64_t t = ids[group];
-    return t >= kBase && t < num_tasks ? t : kBad;
-  }
-};
+constexpr int64_t kBase = -1, kBad = -2; // what a checked id says beside a task
 
 } // namespace peft_ops

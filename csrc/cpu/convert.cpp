@@ -63,7 +63,7 @@ PEFT_OPS_CLONES void bfloat_to_float(const BF16* from, float* to, int64_t n) {
     to[i] = load(from[i]);
 }
 
-PEFT_OPS_CLONES void float_to_bfloat(const float* from, BF16* to, int64_t n) {
+PEFT_OPS_CLONES void float_to_bfloat(const float* __restrict from, BF16* __restrict to, int64_t n) {
   for (int64_t i = 0; i < n; i++)
     store(to + i, from[i]);
 }

@@ -17,6 +17,23 @@ using torch::stable::Tensor;
 
 int64_t first_bad_id(const Tensor& task_ids, int64_t num_tasks);
 
+Tensor ia3_glu(
+    const Tensor& gate,
+    const Tensor& up,
+    const Tensor& ia3_l,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<std::string>& activation);
+
+std::tuple<Tensor, Tensor, Tensor> ia3_glu_backward(
+    const Tensor& dh,
+    const Tensor& gate,
+    const Tensor& up,
+    const Tensor& ia3_l,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<std::string>& activation,
+    bool need_dx,
+    bool need_dl);
+
 Tensor ia3_scale(
     const Tensor& x,
     const Tensor& ia3_l,

@@ -15,7 +15,7 @@ from peft_ops._checks import (
     check_tensor,
     shape,
 )
-from peft_ops._library import Operator, use_reference
+from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.ops.ia3_linear import (
     aligned,
     as_matrix,
@@ -122,6 +122,8 @@ def glu_forward(
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_triton(op, gate):
         return shaped(launch_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
+    if use_native("ia3_glu", gate):
+        return shaped(native.ia3_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
     return shaped(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
 
 
@@ -130,11 +132,14 @@ def _ia3_glu(gate, up, ia3_l, task_ids, activation):
 
 
 def _ia3_glu_backward(dh, gate, up, ia3_l, task_ids, activation, needs):
-    if not use_triton("ia3_glu", gate):
+    if use_triton("ia3_glu", gate):
+        backward = launch_glu_backward
+    elif use_native("ia3_glu_backward", gate):
+        backward = native.ia3_glu_backward
+    else:
         dgate, dup, dl = reference.act_glu_backward(dh, gate, up, ia3_l, task_ids, activation, needs)
         return dgate, dup.clone() if dup.numel() == 0 else dup, dl
-    rows = (as_rows(t) for t in (dh, gate, up))
-    dgate, dup, dl = launch_glu_backward(*rows, ia3_l, task_ids, activation, *needs)
+    dgate, dup, dl = backward(as_rows(dh), as_rows(gate), as_rows(up), ia3_l, task_ids, activation, *needs)
     return (dgate.view(gate.shape), dup.view(gate.shape), dl) if needs[0] else (dgate, dup, dl)
 
 
