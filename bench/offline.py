@@ -141,7 +141,7 @@ def _scale(M, N, dtype, l_dtype, ids, activation):
     return record
 
 
-def _scale_backward(M, N, dtype, ids, activation, need_dx, need_dl, which=0):
+def _scale_backward(M, N, dtype, ids, activation, need_dx, need_dl, which=2):
     def record(capability):
         x = _meta(M, N, dtype=dtype)
         with recorded(ia3_scale) as launches:
@@ -273,7 +273,7 @@ def _glu(M, N, dtype, activation, backward):
                 ia3_glu.launch_glu_backward(g, g, g, table, _ids(8), activation, True, True)
             else:
                 ia3_glu.launch_glu(g, g, table, _ids(8), activation)
-        return launches[0]
+        return launches[2 if backward else 0]
 
     return record
 
@@ -328,7 +328,9 @@ def cases() -> list[Case]:
     found.append(
         Case("ia3_scale_backward bf16 dl only", _scale_backward(4096, 4096, bf16, True, None, False, True), wide=True)
     )
-    found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=1)))
+    for which, name in enumerate(("sort_ids", "chunk_rows")):
+        found.append(Case(name, _scale_backward(4096, 4096, bf16, True, None, True, True, which)))
+    found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=3)))
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 PLAN_TILE = 128  # rows of one tile of a task plan
 CHUNK_ROWS = 256  # rows of one task that are summed in one piece; part of the result, so never a tuning parameter
+SORT_BLOCK = 64  # ids per program when a backward sorts them; 128 compares with 128 in 255 registers
 SMALL_M = 64  # up to here a matmul reads its weights once in one row tile, and gathers each row's scale
 VECTOR_M = 4  # up to here fp32 FMAs on 16-byte loads beat a tensor-core tile that is three quarters padding
 

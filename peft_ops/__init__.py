@@ -3,7 +3,7 @@
 from peft_ops._backend import get_backend, set_backend
 from peft_ops.ops.ia3_glu import ia3_glu, ia3_glu_linear
 from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
-from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale
 from peft_ops.ops.prompt_concat import prompt_concat
 from peft_ops.ops.task_plan import plan_tasks
@@ -15,6 +15,7 @@ __all__ = [
     "PromptBatch",
     "TaskPlan",
     "get_backend",
+    "ia3_fold",
     "ia3_glu",
     "ia3_glu_linear",
     "ia3_kv_linear",

@@ -194,6 +194,16 @@ def ia3_linear(
     return act_scale(F.linear(x, weight, bias), table, ids, activation)
 
 
+def ia3_fold(
+    weight: Tensor, bias: Tensor | None, ia3_l: Tensor, is_feedforward: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """A task's vector inside the weights; the product in fp32, rounded once, as PEFT merges."""
+    l = ia3_l.reshape(-1).to(compute_dtype(weight, ia3_l))  # noqa: E741
+    if is_feedforward:
+        return (weight * l).to(weight.dtype), bias
+    return (weight * l[:, None]).to(weight.dtype), None if bias is None else (bias * l).to(bias.dtype)
+
+
 def ia3_kv_linear(
     x: Tensor,
     k_weight: Tensor,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import peft_ops
 from peft_ops import ia3_linear, ia3_scale, plan_tasks, reference
+from peft_ops.ops import ia3_scale as ia3_scale_ops
 from peft_ops.ops import task_plan
 from tests.conftest import DEVICE, ID_KINDS, INTERPRET, KERNELS, assert_same, ids_like, launches
 
@@ -223,14 +224,47 @@ def test_one_launch(packed):
 def test_operators_given_a_plan_launch_none():
     if not KERNELS:
         pytest.skip("a kernel is launched on a GPU or by the interpreter only")
-    x, weight, ia3_l = (torch.randn(*s, device=DEVICE).half() for s in ((3, 100, 16), (24, 16), (3, 24)))
-    ids = torch.tensor([0, 2, 1], device=DEVICE)
-    plan = plan_tasks(ids, 300, 3)
+    x, weight, ia3_l = (torch.randn(*s, device=DEVICE).half() for s in ((3, 350, 16), (32, 16), (3, 32)))
+    ids = torch.tensor([0, 2, 1], device=DEVICE)  # 1050 rows: fewer take the small kernel, which needs no plan
+    plan = plan_tasks(ids, 1050, 3)
     with launches(task_plan.kernels) as seen:
         ia3_linear(x, weight, ia3_l=ia3_l, task_ids=plan)
         assert seen == []
         ia3_linear(x, weight, ia3_l=ia3_l, task_ids=ids)
         assert len(seen) == 1
+
+
+def chunks_oracle(ids: list[int], rows_per_id: int, num_tasks: int, size: int = 256):
+    """Positions by task, and the pieces of each task's rows: (first, end, task), base and bad ids last."""
+    key = [t if 0 <= t < num_tasks else num_tasks if t == -1 else num_tasks + 1 for t in ids]
+    order = sorted(range(len(ids)), key=key.__getitem__)  # stable
+    chunks, starts, first = [], [], 0
+    for task in range(num_tasks + 2):
+        end = first + key.count(task) * rows_per_id
+        starts.append(len(chunks))
+        code = task if task < num_tasks else num_tasks - task - 1
+        chunks += [[at, min(at + size, end), code] for at in range(first, end, size)]
+        first = end
+    return order, chunks, starts[: num_tasks + 1]
+
+
+@pytest.mark.skipif(not KERNELS, reason="the C++ backward has a schedule of its own")
+@pytest.mark.parametrize("kind", [*ID_KINDS, "bad"])
+@pytest.mark.parametrize(
+    ("G", "rows_per_id", "num_tasks"),
+    [(1, 1, 1), (5, 1, 3), (130, 5, 4), (3, 256, 1), (8, 300, 300), (1, 1000, 2), (7, 77, 127), (4, 3, 0)],
+)
+def test_rows_sorted_by_task_in_chunks(G, rows_per_id, num_tasks, kind):
+    """What backward sums follow: bounded in number by the shapes, each of one task, its rows in their own order."""
+    if kind == "bad" or num_tasks == 0:
+        ids = torch.randint(-4, num_tasks + 3, (G,), dtype=torch.int32, device=DEVICE)
+    else:
+        ids = ids_like(kind, G, num_tasks)
+    order, chunks, starts = ia3_scale_ops.chunks_by_task(ids, G * rows_per_id, num_tasks, ids.device)
+    want_order, want_chunks, want_starts = chunks_oracle(ids.tolist(), rows_per_id, num_tasks)
+    assert order.tolist() == want_order and starts.tolist() == want_starts
+    assert chunks[: len(want_chunks)].tolist() == want_chunks
+    assert not chunks[len(want_chunks) :].any(), "chunks that nobody needs are empty"
 
 
 @pytest.mark.parametrize("S", [3, 33, 128])

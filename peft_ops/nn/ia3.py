@@ -1,12 +1,14 @@
-"""A frozen linear layer with one (IA)^3 vector per adapter; a batch may mix adapters and base-model rows."""
+"""Frozen layers with one (IA)^3 vector per adapter; a batch may mix adapters and base-model rows."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from peft_ops._checks import check_activation
 from peft_ops.nn.tasks import TaskBatch, current_tasks
-from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_glu import ia3_glu_linear
+from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 
 
 class IA3Linear(nn.Module):
@@ -26,6 +28,8 @@ class IA3Linear(nn.Module):
             raise TypeError(f"IA3Linear: base must be an nn.Linear, got {type(base).__name__}")
         self.base_layer, self.is_feedforward = base, is_feedforward
         self.ia3_l = nn.ParameterDict()
+        self.merged_adapters: list[str] = []
+        self._original: list[Tensor] | None = None
         self._served: dict[tuple[str, ...], tuple[list, Tensor]] = {}
 
     @property
@@ -34,6 +38,8 @@ class IA3Linear(nn.Module):
 
     def add_adapter(self, name: str) -> nn.Parameter:
         """A new vector of ones in PEFT's shape: [1, in] with is_feedforward, else [out, 1]."""
+        if not isinstance(name, str):
+            raise TypeError(f"IA3Linear: adapter must be a name, got {type(name).__name__}")
         if name in self.ia3_l:
             raise ValueError(f"IA3Linear: adapter must have a new name, got {name!r}")
         if "." in name or hasattr(nn.ParameterDict(), name):
@@ -73,16 +79,115 @@ class IA3Linear(nn.Module):
             for n in names
         ]
 
-    def forward(self, x: Tensor, batch: TaskBatch | None = None) -> Tensor:
+    def of_batch(self, batch: TaskBatch | None) -> tuple[TaskBatch, Tensor] | None:
+        """The batch and its table; None where every row is the base model's at this layer."""
         batch = batch or current_tasks()
         if batch is None or not any(name in self.ia3_l for name in batch.names):
-            return self.base_layer(x)
+            return None
+        if self.merged_adapters:
+            raise ValueError(
+                f"IA3Linear: {self.merged_adapters[0]!r} is merged into the base layer; unmerge() it before a batch "
+                f"names adapters, got {list(batch.names)}"
+            )
         stamp, table = (None, None) if torch.is_grad_enabled() else self._served.get(batch.names, (None, None))
         if table is None or stamp != self._stamp(batch.names):
             table = self.table(batch.names)
+        return batch, table
+
+    @torch.no_grad()
+    def merge(self, name: str, safe_merge: bool = False, keep_original: bool = True) -> None:
+        """Fold an adapter into the base layer, which then runs alone: a single task costs nothing.
+
+        Args:
+            safe_merge: refuse with ValueError, and change nothing, where the folded weight or bias is not finite.
+            keep_original: keep the base weights in host memory, so that `unmerge` brings them back bitwise.
+        """
+        if name not in self.ia3_l:
+            raise ValueError(f"IA3Linear: merge takes one of the adapters {list(self.ia3_l)}, got {name!r}")
+        if self.merged_adapters:
+            raise ValueError(f"IA3Linear: {self.merged_adapters[0]!r} is merged; unmerge it before {name!r}")
+        base = self.base_layer
+        weight, bias = ia3_fold(base.weight, base.bias, self.ia3_l[name], self.is_feedforward)
+        for what, folded in (("weight", weight), ("bias", bias)):
+            if safe_merge and folded is not None and not torch.isfinite(folded).all():
+                raise ValueError(f"IA3Linear: the {what} merged with {name!r} is not finite; the adapter is broken")
+        changed = [(base.weight, weight)] if bias is base.bias else [(base.weight, weight), (base.bias, bias)]
+        if keep_original:
+            self._original = [parameter.detach().to("cpu", copy=True) for parameter, _ in changed]
+        for parameter, folded in changed:
+            parameter.copy_(folded)  # in place: what shares the weight, a captured graph say, sees the merge
+        self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """The base weights as they were before `merge`, bitwise. Nothing is divided: a scale of zero loses nothing."""
+        if not self.merged_adapters:
+            raise ValueError("IA3Linear: unmerge needs a merged adapter, got none")
+        if self._original is None:
+            raise RuntimeError(f"IA3Linear: {self.merged_adapters[0]!r} was merged with keep_original=False")
+        for parameter, original in zip((self.base_layer.weight, self.base_layer.bias), self._original, strict=False):
+            parameter.copy_(original)
+        self._original = None
+        self.merged_adapters.clear()
+
+    def forward(self, x: Tensor, batch: TaskBatch | None = None) -> Tensor:
+        found = self.of_batch(batch)
+        if found is None:
+            return self.base_layer(x)
+        batch, table = found
         base = self.base_layer
         ids = batch.for_rows(x)
         return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
 
     def extra_repr(self) -> str:
-        return f"adapters={list(self.ia3_l)}, is_feedforward={self.is_feedforward}"
+        merged = f", merged={self.merged_adapters}" if self.merged_adapters else ""
+        return f"adapters={list(self.ia3_l)}, is_feedforward={self.is_feedforward}{merged}"
+
+
+class IA3GatedMLP(nn.Module):
+    """y = down(act(gate(x)) * up(x) * l[t]): a gated feed-forward layer whose adapter costs one factor in one pass.
+
+    PEFT scales the input of `down_proj`; the same vector scales here where that input is made, and `down_proj` runs
+    bare. Keys of the state dict are PEFT's: `gate_proj.weight`, `up_proj.weight`, `down_proj.base_layer.weight`,
+    `down_proj.ia3_l.<adapter>`, and biases.
+
+    Args:
+        gate_proj, up_proj: two linear layers of one x, equally wide.
+        down_proj: the layer that takes their product, or an IA3Linear of it with is_feedforward.
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+    """
+
+    def __init__(
+        self,
+        gate_proj: nn.Linear,
+        up_proj: nn.Linear,
+        down_proj: nn.Linear | IA3Linear,
+        activation: str | None = "silu",
+    ):
+        super().__init__()
+        for name, layer in (("gate_proj", gate_proj), ("up_proj", up_proj)):
+            if not isinstance(layer, nn.Linear):
+                raise TypeError(f"IA3GatedMLP: {name} must be an nn.Linear, got {type(layer).__name__}")
+        check_activation("IA3GatedMLP", activation)
+        down_proj = down_proj if isinstance(down_proj, IA3Linear) else IA3Linear(down_proj, is_feedforward=True)
+        if not down_proj.is_feedforward:
+            raise ValueError("IA3GatedMLP: down_proj must have is_feedforward=True, got False")
+        self.gate_proj, self.up_proj, self.down_proj, self.activation = gate_proj, up_proj, down_proj, activation
+
+    def add_adapter(self, name: str) -> nn.Parameter:
+        """A new vector of ones in PEFT's shape, [1, N]."""
+        return self.down_proj.add_adapter(name)
+
+    def forward(self, x: Tensor, batch: TaskBatch | None = None) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        found = self.down_proj.of_batch(batch)
+        table, ids = (None, None) if found is None else (found[1], found[0].for_rows(x))
+        if table is None:  # the base model: one task of ones, which multiplies exactly
+            table = torch.ones(1, gate.out_features, device=gate.weight.device)
+        h = ia3_glu_linear(
+            x, gate.weight, up.weight, gate.bias, up.bias, ia3_l=table, task_ids=ids, activation=self.activation
+        )
+        return self.down_proj.base_layer(h)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

@@ -411,3 +411,33 @@ def ia3_linear(
     )
     args = x, weight, bias, table, ids, plan, rows_per_id, activation, is_feedforward, save
     return _op(*args, differentiable=differentiable)[0]
+
+
+def ia3_fold(
+    weight: Tensor, bias: Tensor | None, ia3_l: Tensor, is_feedforward: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """One task's vector folded into the layer's weights: served alone, that task costs nothing.
+
+    Semantics: (weight * ia3_l[:, None], bias * ia3_l), or (weight * ia3_l, bias) if is_feedforward; the product in fp32
+    with one rounding, bitwise PEFT's merge. With an activation after the layer only the feed-forward form is exact.
+
+    Args:
+        weight: [N, K], fp32, fp16 or bf16 (or fp64).
+        bias: [N] in its dtype, or None.
+        ia3_l: [N], [N, 1] or [1, N] ([K] with is_feedforward), in any of those dtypes.
+
+    Returns:
+        New weight and bias in their dtypes (the given bias itself where nothing scales it). Keep the old ones to undo
+        it: a division does not bring back a row whose scale is zero, and rounds every other.
+    """
+    op = "ia3_fold"
+    check_tensor(op, "weight", weight, dtypes=FLOATS, dim=2)
+    if bias is not None:
+        check_tensor(op, "bias", bias, dtypes=(weight.dtype,), dim=1, like=weight)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"{op}: bias must have shape [{weight.shape[0]}], got {shape(bias)}")
+    check_tensor(op, "ia3_l", ia3_l, dtypes=FLOATS, like=weight)
+    N = weight.shape[1 if is_feedforward else 0]
+    if ia3_l.numel() != N or ia3_l.dim() > 2 or N not in ia3_l.shape:
+        raise ValueError(f"{op}: ia3_l must have shape [{N}], the vector of one task, got {shape(ia3_l)}")
+    return reference.ia3_fold(weight, bias, ia3_l, is_feedforward)

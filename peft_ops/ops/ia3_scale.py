@@ -9,7 +9,7 @@ from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task
 from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import TaskPlan
 
-kernels, tiles = LazyKernels("ia3_scale"), LazyKernels("tiles")
+kernels, sorting, tiles = LazyKernels("ia3_scale"), LazyKernels("task_plan"), LazyKernels("tiles")
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -49,30 +49,28 @@ def chunks_by_task(
 
     Returns the positions of task_ids sorted by task (stable), chunks int32 [C, 3] (first row in that order, end, task),
     and int32 [num_tasks + 1], where each task's chunks start. C bounds their number; the ones left over are empty.
+    The base model (-1) and bad ids (-2) come last: they have gradients of x alone, and their sums are read by nobody.
     """
-    size = tiles.CHUNK_ROWS
-    if task_ids is None:
-        first = torch.arange(0, M, size, device=device)
-        chunks = torch.stack([first, (first + size).clamp(max=M), torch.zeros_like(first)], 1)
-        return None, chunks.to(torch.int32), torch.arange(2, dtype=torch.int32, device=device) * first.numel()
-    known = (task_ids >= 0) & (task_ids < num_tasks)
-    # the base model and bad ids have gradients of x alone: they come last, and their sums are read by nobody
-    key, order = torch.where(known, task_ids, torch.where(task_ids == -1, num_tasks, num_tasks + 1)).sort(stable=True)
-    keys = torch.arange(num_tasks + 3, device=device, dtype=key.dtype)
-    row_start = torch.searchsorted(key, keys) * (M // task_ids.numel())
-    chunk_start = torch.zeros_like(row_start)
-    torch.cumsum((row_start.diff() + (size - 1)) // size, 0, out=chunk_start[1:])
-    count = M // size + min(num_tasks + 2, task_ids.numel())
-    chunk = torch.arange(count, device=device)
-    owner = torch.searchsorted(chunk_start[1:], chunk, right=True).clamp(max=num_tasks + 1)
-    first = row_start[owner] + (chunk - chunk_start[owner]) * size
-    end = torch.minimum(first + size, row_start[owner + 1])
-    task = torch.where(owner < num_tasks, owner, num_tasks - owner - 1)
-    return (
-        order.to(torch.int32),
-        torch.stack([first, end, task], 1).to(torch.int32),
-        chunk_start[: num_tasks + 1].to(torch.int32),
-    )
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    size, block = tiles.CHUNK_ROWS, tiles.SORT_BLOCK
+    groups = 1 if task_ids is None else task_ids.numel()
+    num_chunks = M // size + min(num_tasks + 2, groups)
+    chunks, chunk_start = new(num_chunks, 3), new(num_tasks + 1)
+    with torch.cuda.device_of(chunks):
+        if task_ids is None:
+            order, key = None, torch.zeros(1, dtype=torch.int32, device=device)
+        else:
+            order, key = new(groups), new(groups)
+            sorting.sort_ids_kernel[(tiles.cdiv(groups, block),)](
+                task_ids.contiguous(), order, key, groups, num_tasks, BLOCK=block, num_warps=4
+            )
+        sorting.chunk_rows_kernel[(tiles.cdiv(num_tasks + 2, block),)](
+            key, chunk_start, chunks, groups, M // groups, num_tasks, num_chunks, CHUNK=size, BLOCK=block, num_warps=4
+        )
+    return order, chunks, chunk_start
 
 
 def launch_scale_backward(
