@@ -92,8 +92,9 @@ struct Ids {
   bool wide;
 
   int64_t operator[](int64_t i) const {
+    // volatile: what was checked is what is used, even where another thread writes the ids meanwhile
     const char* at = data + i * stride;
-    return wide ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+    return wide ? *reinterpret_cast<const volatile int64_t*>(at) : *reinterpret_cast<const volatile int32_t*>(at);
   }
 };
 
