@@ -8,30 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_ops
-from peft_ops.nn import IA3GatedMLP, IA3Linear, TaskBatch, tasks
+from bench import memory
+from bench.memory import saved_bytes
+from peft_ops.nn import IA3GatedMLP, IA3Linear, TaskBatch
 from tests.conftest import DEVICE, INTERPRET, assert_as_good_as_torch
 
 NAMES = ("red", "green", "blue")
 fast = pytest.mark.skipif(INTERPRET, reason="thousands of programs; the operators' own tests interpret the kernels")
-
-
-def saved_bytes(forward, *frozen: nn.Module) -> int:
-    """Bytes of all storages that a forward keeps for its backward, but for parameters and ids."""
-    known = {p.untyped_storage().data_ptr() for module in frozen for p in module.parameters()}
-    kept = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.is_floating_point() and t.untyped_storage().data_ptr() not in known:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def peft_layer(base: nn.Linear, is_feedforward: bool) -> nn.Module:
@@ -81,31 +67,10 @@ class TestMemory:
     @fast
     def test_llama_layer_saves_less_than_the_frozen_layer(self):
         """Llama-3-8B's proportions at a sixteenth: what k and v save more, the gated MLP saves twice over."""
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-        config = LlamaConfig(
-            hidden_size=256, intermediate_size=896, num_attention_heads=8, num_key_value_heads=2, head_dim=32
-        )
-        config._attn_implementation = "sdpa"
-        frozen = LlamaDecoderLayer(config, 0).to(DEVICE, torch.bfloat16).requires_grad_(False)
-        adapted = copy.deepcopy(frozen)
-        attention, mlp = adapted.self_attn, adapted.mlp
-        attention.k_proj, attention.v_proj = IA3Linear(attention.k_proj), IA3Linear(attention.v_proj)
-        adapted.mlp = IA3GatedMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        for module in (attention.k_proj, attention.v_proj, adapted.mlp):
-            for name in NAMES:
-                module.add_adapter(name)
-        x = torch.randn(3, 128, 256, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) * 1
-        positions = LlamaRotaryEmbedding(config).to(DEVICE)(x, torch.arange(128, device=DEVICE)[None])
-
-        def ours():
-            with tasks(["red", None, "blue"], DEVICE):
-                adapted(x, position_embeddings=positions)
-
-        bare = saved_bytes(lambda: frozen(x, position_embeddings=positions), frozen)
-        own = saved_bytes(ours, adapted)
-        assert own < 0.95 * bare, (own, bare)
+        sizes = {name: size // 16 if "size" in name else size for name, size in memory.LLAMA_3_8B.items()}
+        sizes |= dict(num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+        found = memory.measure(sizes, 3, 128, DEVICE)
+        assert found["peft_ops, mixed batch"] < 0.85 * found["frozen"] < 0.6 * found["PEFT, one adapter"], found
 
 
 class TestMixedTraining:
