@@ -451,7 +451,7 @@ needs_kernels = pytest.mark.skipif(not KERNELS, reason="a question where kernels
         (1, 48, 32, 0, False, "vector"),
         (4, 48, 32, 0, False, "vector"),
         (4, 48, 32, 0, True, "small"),  # its loads run along K
-        (4, 40, 32, 0, False, "small"),
+        (4, 40, 32, 0, False, "vector"),
         (4, 48, 24, 0, False, "small"),
         (4, 48, 32, 1, False, "small"),
         (4, 48, 512, 0, True, "split"),
@@ -462,7 +462,7 @@ needs_kernels = pytest.mark.skipif(not KERNELS, reason="a question where kernels
         (64, 48, 512, 0, False, "split"),
         (65, 48, 32, 0, False, "small"),  # few tiles: too few for the large kernel to fill a GPU
         (65, 48, 512, 0, True, "split"),
-        (65, 40, 512, 0, False, "small"),
+        (65, 40, 512, 0, False, "split"),
         (65, 48, 520, 0, False, "small"),
         (65, 48, 512, 1, False, "small"),
         (1024, 128, 16, 0, False, "small"),

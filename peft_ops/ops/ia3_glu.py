@@ -87,9 +87,9 @@ def launch_glu_linear(
     capability, num_sms = capability_of(x)
     weights, biases = (gate_weight, up_weight), (gate_bias, up_bias)
     has_bias = [bias is not None for bias in biases]
-    wide = aligned(x, *weights, h)
+    wide = aligned(x, *weights)
     with torch.cuda.device_of(x):
-        if not wide or tiles.linear_is_small(M, 2 * N, capability):
+        if not wide or N % 16 or tiles.linear_is_small(M, 2 * N, capability):  # the large kernel stores by TMA
             tile = tiles.glu_linear_small(M, N, K, capability, aligned=wide)
             num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
             part, count = split_workspace(x, num_tiles, parts, 2 * M, N)

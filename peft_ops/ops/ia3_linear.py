@@ -163,10 +163,10 @@ def launch_linear(
         return y, z
     capability, num_sms = capability_of(x)
     stored = _stored(weight)
-    takes_wide = aligned(x, stored, y)
+    takes_wide = aligned(x, stored)
     if M <= tiles.VECTOR_M and takes_wide and stored is weight:
         _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z, capability)
-    elif takes_wide and not tiles.linear_is_small(M, N, capability):
+    elif takes_wide and N % 16 == 0 and not tiles.linear_is_small(M, N, capability):  # y is stored by TMA
         _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, y, z, capability, num_sms)
     else:
         _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, takes_wide)
@@ -211,11 +211,12 @@ def is_fused(op: str, x: Tensor, *weights: Tensor, gated: bool = False) -> bool:
         return True
     if x.element_size() != 2:
         return False
+    if get_backend() == "triton":
+        return True
+    (M, K), capability = x.shape, capability_of(x)[0]
     N = weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)
-    chosen = aligned(x, *map(_stored, weights)) and tiles.linear_is_fused(
-        x.shape[0], N, x.shape[1], capability_of(x)[0], gated
-    )
-    return chosen or get_backend() == "triton"
+    tma_stores = all(w.shape[0] % 16 == 0 for w in weights) or tiles.linear_is_small(M, N, capability)
+    return tma_stores and aligned(x, *map(_stored, weights)) and tiles.linear_is_fused(M, N, K, capability, gated)
 
 
 def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | None, rows_per_id: int) -> bool:
