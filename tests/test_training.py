@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import peft_ops
-from bench import memory
-from bench.memory import saved_bytes
+from bench import training
+from bench.training import saved_bytes
 from peft_ops.nn import IA3GatedMLP, IA3Linear, TaskBatch
 from tests.conftest import DEVICE, INTERPRET, assert_as_good_as_torch
 
@@ -67,9 +68,9 @@ class TestMemory:
     @fast
     def test_llama_layer_saves_less_than_the_frozen_layer(self):
         """Llama-3-8B's proportions at a sixteenth: what k and v save more, the gated MLP saves twice over."""
-        sizes = {name: size // 16 if "size" in name else size for name, size in memory.LLAMA_3_8B.items()}
+        sizes = {name: size // 16 if "size" in name else size for name, size in training.LLAMA_3_8B.items()}
         sizes |= dict(num_attention_heads=8, num_key_value_heads=2, head_dim=32)
-        found = memory.measure(sizes, 3, 128, DEVICE)
+        found = training.kept_bytes(training.layers(sizes, 3, 128, DEVICE))
         assert found["peft_ops, mixed batch"] < 0.85 * found["frozen"] < 0.6 * found["PEFT, one adapter"], found
 
 
@@ -153,6 +154,52 @@ class TestMixedTraining:
 
     def adamw(self, model, name):
         return torch.optim.AdamW(self.vectors(model, name), lr=0.01)
+
+
+class TestScalingAndRecomputing:
+    """What training loops wrap around a model changes no bit."""
+
+    def model(self):
+        torch.manual_seed(3)
+        layers = [nn.Linear(*s, device=DEVICE).requires_grad_(False) for s in ((16, 48), (16, 48), (48, 16))]
+        model = nn.ModuleList([IA3GatedMLP(*layers), IA3Linear(nn.Linear(16, 8, device=DEVICE).requires_grad_(False))])
+        for module in model:
+            for name in NAMES:
+                module.add_adapter(name)
+        return model, torch.randn(6, 16, device=DEVICE), TaskBatch.of_rows(["red", None, "green"] * 2, DEVICE, NAMES)
+
+    def test_grad_scaler(self):
+        """A scale that is a power of two, and an overflow that it skips."""
+        trained = []
+        for enabled in (False, True):
+            model, x, batch = self.model()
+            scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, enabled=enabled)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                scaler.scale(model[1](model[0](x, batch), batch).square().sum()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            trained.append([p.detach().clone() for p in model.parameters()])
+            if enabled:
+                optimizer.zero_grad()
+                scaler.scale(model[1](x * 1e38, batch).square().sum()).backward()
+                scaler.step(optimizer)
+                assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained[-1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+    @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
+    def test_checkpointing(self, reentrant):
+        grads = []
+        for recompute in (False, True):
+            model, x, batch = self.model()
+            x.requires_grad_()
+            h = checkpoint(model[0], x, batch, use_reentrant=reentrant) if recompute else model[0](x, batch)
+            model[1](h, batch).square().sum().backward()
+            vectors = [p for p in model.parameters() if p.requires_grad]
+            grads.append([x.grad, *(p.grad for p in vectors)])
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert any(g is not None and g.any() for g in grads[0][1:])
 
 
 class TestMerge:
