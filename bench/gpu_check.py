@@ -110,7 +110,7 @@ def no_sync(layer: Layer, M: int, device: torch.device) -> bool:
 
 
 def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
-    layers, rows = (SMALL, (1, 3, 16, 70, 130)) if small else (LAYERS, (1, 3, 16, 50, 64, 200, 1024, 4096))
+    layers, rows = (SMALL, (1, 3, 16, 70, 512)) if small else (LAYERS, (1, 3, 16, 50, 64, 200, 1024, 4096))
     yield from table_entries(layers, rows, device)
     if device.type != "cuda":
         return
