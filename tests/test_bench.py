@@ -1,9 +1,11 @@
 """Launch parameters, the cost model that argues for them, and the tools that measure them."""
 
+import json
+
 import pytest
 import torch
 
-from bench import model, tune
+from bench import gpu_check, matrix, model, tune
 from bench.harness import BASELINE_AGAIN, Ratio, compare
 from bench.shapes import LAYERS, ROWS, Layer
 from peft_ops.kernels import tiles
@@ -134,3 +136,53 @@ def test_tune_leaves_out_what_is_wrong(tuned, monkeypatch, capsys):
     with torch.no_grad():
         ratios, entries = tune.measure(Layer("tiny", "linear", 64, 128), 8, torch.device(DEVICE), seconds=0.01)
     assert not entries.keys() & ratios.keys() and "WRONG" in capsys.readouterr().out
+
+
+def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """A budget that is spent begins no shape; the next call adds what is missing and repeats nothing."""
+    out = tmp_path / "matrix.jsonl"
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["matrix", str(out), "--quick", "--match", "feedforward", *arguments])
+        with pytest.raises(SystemExit) as end:
+            matrix.main()
+        return end.value.code, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+    assert run("--budget", "-1") == (0, [])
+    code, rows = run()
+    assert code == 0 and [(r["layer"], r["rows"]) for r in rows] == [
+        ("tiny feedforward", 16),
+        ("tiny feedforward", 1024),
+    ]
+    assert {"bare", "peft_ops", "ft_style", "eager", "peft", BASELINE_AGAIN} <= rows[0]["ratio"].keys()
+    assert rows[0]["flops"] == 2 * 16 * 64 * 128 and rows[0]["torch"] == torch.__version__
+    out.write_text("\n".join(json.dumps(r) for r in rows[:1]) + "\n")
+    assert [(r["layer"], r["rows"]) for r in run()[1]] == [("tiny feedforward", 16), ("tiny feedforward", 1024)]
+
+
+def test_matrix_times_nothing_that_is_wrong(monkeypatch):
+    monkeypatch.setattr(matrix, "is_right", lambda inputs: False)
+    assert matrix.row(Layer("tiny", "linear", 16, 32), 4, torch.device("cpu"), 0.01, False) == {"wrong": True}
+
+
+def test_peers_compute_the_same(tuned):
+    """A peer that does less work would win: all adapted ones agree with the reference, the bare one does not."""
+    for layer in matrix.QUICK:
+        inputs = tune.Inputs(layer, 16, torch.device(DEVICE), torch.float32)
+        want = tune.apply(tune.reference, inputs)
+        for peer in (matrix.eager, matrix.ft_style):
+            for got, one in zip(peer(inputs), want, strict=True):
+                torch.testing.assert_close(got, one)
+        assert not torch.allclose(matrix.bare(inputs)[0], want[0])
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_gpu_check_sees_a_wrong_kernel(tuned, monkeypatch):
+    device = torch.device(DEVICE)
+    name, check = next(gpu_check.table_entries([Layer("tiny", "linear", 32, 64)], (8,), device))
+    with torch.no_grad():
+        assert check(), name
+        right = tune.peft_ops.ia3_linear
+        monkeypatch.setattr(tune.peft_ops, "ia3_linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.05)
+        assert not check()
