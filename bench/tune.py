@@ -77,7 +77,17 @@ def is_right(inputs: Inputs) -> bool:
 
 def vendor_key(layer: Layer, M: int, capability: int) -> tuple:
     name = "vendor feedforward" if layer.op == "feedforward" else "vendor"
-    return name, capability, tiles.bucket(M), layer.N * (2 if layer.op == "kv" else 1), layer.K
+    width = layer.N * (2 if layer.op == "kv" else 1)
+    return name, capability, tiles.bucket(M), width, layer.K, *(["gated"] if layer.op == "glu" else [])
+
+
+def is_vendors(layer: Layer, M: int, capability: int) -> bool:
+    """Whether an untuned table sends the layer to the vendor's matmul."""
+    _, _, _, width, K, *gated = vendor_key(layer, M, capability)
+    with offline.tuned({}):
+        if layer.op == "feedforward":
+            return not tiles.feedforward_is_fused(M, width, K, capability)
+        return not tiles.linear_is_fused(M, width, K, capability, bool(gated))
 
 
 def candidates(inputs: Inputs, M: int, capability: int) -> dict[str, dict]:
@@ -125,8 +135,9 @@ def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dic
     r = ratios[best]
     if r.ratio >= 1 - floor:
         return []
-    chosen = entries[best]
-    pasted = {key: value for key, value in chosen.items() if value or len(chosen) == 1}
+    vendor = next(key for key in entries[best] if key[0].startswith("vendor"))
+    needless = {vendor: is_vendors(layer, M, vendor[1])}  # what an untuned table does anyway
+    pasted = {key: value for key, value in entries[best].items() if (key, value) not in needless.items()}
     note = f"# {layer.name}: {r.ratio:.3f} of the first candidate's time, noise {floor:.3f}"
     return [f"    {key!r}: {value!r},  {note}" for key, value in pasted.items()]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 PLAN_TILE = 128  # rows of one tile of a task plan
 CHUNK_ROWS = 256  # rows of one task that are summed in one piece; part of the result, so never a tuning parameter
 SORT_BLOCK = 64  # ids per program when a backward sorts them; 128 compares with 128 in 255 registers
+SORT_LIMIT = 4096  # ids from which torch.sort sorts them: the kernel compares each with each
 SMALL_M = 64  # up to here a matmul reads its weights once in one row tile, and gathers each row's scale
 VECTOR_M = 4  # up to here fp32 FMAs on 16-byte loads beat a tensor-core tile that is three quarters padding
 
@@ -116,8 +117,9 @@ def fusion_pays(capability: int, flops: float, saved: float, handicap: float = 0
 def linear_is_fused(M: int, N: int, K: int, capability: int, gated: bool = False) -> bool:
     """Whether 16-bit x runs our matmul, or the vendor's and one elementwise pass. Decode always does: its cost is the
     weights, and the pass would be a launch. gated: two products, and a pass that reads both and writes one."""
-    if ("vendor", capability, bucket(M), N, K) in TUNED:
-        return not TUNED["vendor", capability, bucket(M), N, K]
+    key = "vendor", capability, bucket(M), N, K, *["gated"][: int(gated)]
+    if key in TUNED:
+        return not TUNED[key]
     if linear_is_small(M, 2 * N if gated else N, capability):
         return True
     return fusion_pays(capability, 4 * K if gated else 2 * K, 6 if gated else 4)

@@ -111,6 +111,20 @@ def test_lines_to_paste(tuned):
     assert printed(0.995, 1.1) == {}
 
 
+def test_lines_say_that_the_vendor_loses_where_it_runs_by_default(tuned):
+    """A tile that nobody would ask for is no use in the table."""
+    layer, M = Layer("Llama-3-8B", "feedforward", 4096, 14336), 8192
+    vendor = tune.vendor_key(layer, M, SM90)
+    assert tune.is_vendors(layer, M, SM90)
+    tile = tiles.linear_feedforward.candidates(M, 4096, 14336, SM90)[0]
+    key = "linear_feedforward", SM90, 8192, 4096, 14336
+    entries = {"a tile": {vendor: False, key: tile}, "vendor": {vendor: True}}
+    spread = {name: Ratio(1e-6, r, r, r) for name, r in {"a tile": 0.9, "vendor": 1.0, BASELINE_AGAIN: 1.0}.items()}
+    assert eval("{" + "\n".join(tune.lines(layer, M, spread, entries)) + "\n}") == {vendor: False, key: tile}
+    tuned |= {vendor: False, key: tile}
+    assert tiles.feedforward_is_fused(M, 4096, 14336, SM90)
+
+
 @pytest.mark.kernels
 @needs_kernels
 @pytest.mark.parametrize(

@@ -253,6 +253,18 @@ def test_which_kernel_runs(shape, grad, kernels):
 
 
 @needs_kernels
+@pytest.mark.parametrize("M", [3, 9, 70])
+def test_tables_of_two_dtypes_have_a_launch_each(M):
+    """A kernel that branches on the pointers wants them of one type; the interpreter would not mind."""
+    *rest, k_l, v_l = make(M, 48, 16, 32, torch.float16)
+    tensors, ids = (*rest, k_l, v_l.to(torch.bfloat16)), ids_like("sorted", M, 3)
+    with launched() as kinds:
+        got = run(tensors, ids)
+    assert len(kinds) == 2 and all(kind.startswith("linear") for kind in kinds)
+    check(got, tensors, ids.tolist())
+
+
+@needs_kernels
 def test_which_kernel_runs_by_its_own_rule(monkeypatch):
     """A few tiles of both widths together go to split K up to 1024 rows; many do not."""
     monkeypatch.setattr(ops.tiles, "linear_is_small", import_module("peft_ops.kernels.tiles").linear_is_small)

@@ -90,6 +90,32 @@ class TestIA3Linear:
         layer.materialize(batch.names)
         assert layer(x, batch).requires_grad, "training must not read the snapshot"
 
+    def test_materialized_table_follows_an_optimizer_that_leaves_no_trace(self, is_feedforward):
+        """Fused AdamW does not count its writes: a forward with gradients ends what is served."""
+        layer, x = ia3_linear(is_feedforward), torch.randn(4, 6, device=DEVICE)
+        batch = TaskBatch.of_rows(["red"] * 4, DEVICE)
+        layer.materialize(("red",))
+        optimizer = torch.optim.AdamW(layer.ia3_l.parameters(), lr=0.5, fused=True)
+        layer(x, batch).square().sum().backward()
+        optimizer.step()
+        want = layer(x, batch).detach()
+        with torch.no_grad():
+            assert torch.equal(layer(x, batch), want)
+
+    def test_materialized_table_ends_with_its_adapter(self, is_feedforward):
+        """Another tenant under the same name, whose vector may lie where the old one lay."""
+        layer, x = ia3_linear(is_feedforward, ("red",)), torch.randn(4, 6, device=DEVICE)
+        batch = TaskBatch.of_rows(["red"] * 4, DEVICE)
+        layer.materialize(("red",))
+        served = layer._served["red",]
+        del layer.ia3_l["red"]
+        with torch.no_grad():
+            layer.add_adapter("red").copy_(7 * torch.ones_like(layer.ia3_l["red"]))
+            got = layer(x, batch)
+            layer.materialize(None)
+            assert torch.equal(got, layer(x, batch))
+        assert served[0][0][0] is not layer.ia3_l["red"], "the stamp keeps the old vector, and its address, alive"
+
     def test_without_tasks_it_is_the_base_layer(self, is_feedforward):
         layer, x = ia3_linear(is_feedforward), torch.randn(2, 6, device=DEVICE)
         assert torch.equal(layer(x), layer.base_layer(x))

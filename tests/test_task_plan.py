@@ -254,8 +254,10 @@ def chunks_oracle(ids: list[int], rows_per_id: int, num_tasks: int, size: int = 
     ("G", "rows_per_id", "num_tasks"),
     [(1, 1, 1), (5, 1, 3), (130, 5, 4), (3, 256, 1), (8, 300, 300), (1, 1000, 2), (7, 77, 127), (4, 3, 0)],
 )
-def test_rows_sorted_by_task_in_chunks(G, rows_per_id, num_tasks, kind):
+@pytest.mark.parametrize("limit", [4096, 4], ids=["kernel", "torch"])
+def test_rows_sorted_by_task_in_chunks(G, rows_per_id, num_tasks, kind, limit, monkeypatch):
     """What backward sums follow: bounded in number by the shapes, each of one task, its rows in their own order."""
+    monkeypatch.setattr(ia3_scale_ops.tiles, "SORT_LIMIT", limit)
     if kind == "bad" or num_tasks == 0:
         ids = torch.randint(-4, num_tasks + 3, (G,), dtype=torch.int32, device=DEVICE)
     else:

@@ -260,6 +260,9 @@ class TestMerge:
         layer.merge("red")
         with pytest.raises(ValueError, match=r"IA3Linear: 'red' is merged .* got \['green'\]"):
             layer(torch.randn(2, 4, device=DEVICE), TaskBatch.of_rows(["green", None], DEVICE))
+        for rows in ([None, None], ["green", None], ["elsewhere", None]):  # base rows have no base weights here
+            with pytest.raises(ValueError, match="'red' is merged into the base layer"):
+                layer(torch.randn(2, 4, device=DEVICE), TaskBatch.of_rows(rows, DEVICE))
         with pytest.raises(ValueError, match="'red' is merged; unmerge it before 'green'"):
             layer.merge("green")
         with pytest.raises(ValueError, match=r"one of the adapters \['red', 'green', 'blue'\], got 'pink'"):
@@ -273,6 +276,26 @@ class TestMerge:
         layer.merge("red", keep_original=False)
         with pytest.raises(RuntimeError, match="'red' was merged with keep_original=False"):
             layer.unmerge()
+
+    def test_unmerge_refuses_to_undo_what_came_after(self):
+        """New weights loaded into the merged layer, or a second merge of the same weight elsewhere."""
+        base = nn.Linear(4, 4, device=DEVICE).requires_grad_(False)
+        first, second = IA3Linear(base), IA3Linear(base)
+        for layer in (first, second):
+            layer.add_adapter("red").data.fill_(3.0)
+        before = base.weight.clone()
+        first.merge("red")
+        second.merge("red")
+        with pytest.raises(RuntimeError, match="base weights have changed since 'red' was merged"):
+            first.unmerge()
+        second.unmerge()
+        torch.testing.assert_close(base.weight, 3 * before)
+        loaded = IA3Linear(nn.Linear(4, 4, device=DEVICE).requires_grad_(False))
+        loaded.add_adapter("red")
+        loaded.merge("red")
+        loaded.load_state_dict(loaded.state_dict())
+        with pytest.raises(RuntimeError, match="base weights have changed"):
+            loaded.unmerge()
 
     @pytest.mark.parametrize("broken", ["weight", "bias"])
     def test_safe_merge_checks_weight_and_bias(self, broken):

@@ -11,6 +11,11 @@ from peft_ops.ops.ia3_glu import ia3_glu_linear
 from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 
 
+def writes(t: Tensor) -> int | None:
+    """How often torch has written to t, which inference tensors do not count."""
+    return None if t.is_inference() else t._version
+
+
 class IA3Linear(nn.Module):
     """y = base(x) * l[t], or base(x * l[t]) with is_feedforward; row b belongs to adapter t(b).
 
@@ -30,6 +35,7 @@ class IA3Linear(nn.Module):
         self.ia3_l = nn.ParameterDict()
         self.merged_adapters: list[str] = []
         self._original: list[Tensor] | None = None
+        self._merged_at: list[tuple[Tensor, int | None]] = []
         self._served: dict[tuple[str, ...], tuple[list, Tensor]] = {}
 
     @property
@@ -65,38 +71,53 @@ class IA3Linear(nn.Module):
     def materialize(self, names: Sequence[str] | None) -> None:
         """Keep the table of these adapters for batches without gradients; None drops all.
 
-        It is served until a vector changes.
+        It is served until a vector changes: by a torch operation, by another vector under its name, or by a forward
+        with gradients, after which an optimizer may write without leaving a trace. Writes through `.data` do leave
+        none: call it again after one.
         """
         if names is None:
             self._served.clear()
         else:
             self._served[tuple(names)] = self._stamp(names), self.table(names)
 
-    def _stamp(self, names: Sequence[str]) -> list[tuple[int, int] | None]:
-        """Where each vector lies and how often it was written: a snapshot is served only while nothing moved."""
-        return [
-            (v.data_ptr(), v._version) if (v := self.ia3_l[n] if n in self.ia3_l else None) is not None else None
-            for n in names
-        ]
+    def _stamp(self, names: Sequence[str]) -> list[tuple]:
+        """Each vector itself, so that its address is not used again, where it lies, and how often it was written."""
+        vectors = [self.ia3_l[n] if n in self.ia3_l else None for n in names]
+        return [(None,) if v is None else (v, v.data_ptr(), writes(v)) for v in vectors]
+
+    def _served_table(self, names: tuple[str, ...]) -> Tensor | None:
+        """The materialized table while it is true; never in traced code, which would keep it for ever."""
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled():
+            self._served.clear()
+            return None
+        kept, table = self._served.get(names, (None, None))
+        if table is None:
+            return None
+        same = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(kept, self._stamp(names), strict=True))
+        return table if same else None
 
     def of_batch(self, batch: TaskBatch | None) -> tuple[TaskBatch, Tensor] | None:
         """The batch and its table; None where every row is the base model's at this layer."""
-        batch = batch or current_tasks()
-        if batch is None or not any(name in self.ia3_l for name in batch.names):
+        batch = current_tasks() if batch is None else batch
+        if batch is None:
             return None
-        if self.merged_adapters:
+        if self.merged_adapters:  # base rows too: the base weights are not there
             raise ValueError(
                 f"IA3Linear: {self.merged_adapters[0]!r} is merged into the base layer; unmerge() it before a batch "
-                f"names adapters, got {list(batch.names)}"
+                f"says which row uses which, got {list(batch.names)}"
             )
-        stamp, table = (None, None) if torch.is_grad_enabled() else self._served.get(batch.names, (None, None))
-        if table is None or stamp != self._stamp(batch.names):
-            table = self.table(batch.names)
-        return batch, table
+        if not any(name in self.ia3_l for name in batch.names):
+            return None
+        table = self._served_table(batch.names)
+        return batch, self.table(batch.names) if table is None else table
 
     @torch.no_grad()
     def merge(self, name: str, safe_merge: bool = False, keep_original: bool = True) -> None:
         """Fold an adapter into the base layer, which then runs alone: a single task costs nothing.
+
+        The weights are the merged ones until `unmerge`, in a state dict too.
 
         Args:
             safe_merge: refuse with ValueError, and change nothing, where the folded weight or bias is not finite.
@@ -116,6 +137,7 @@ class IA3Linear(nn.Module):
             self._original = [parameter.detach().to("cpu", copy=True) for parameter, _ in changed]
         for parameter, folded in changed:
             parameter.copy_(folded)  # in place: what shares the weight, a captured graph say, sees the merge
+        self._merged_at = [(parameter, writes(parameter)) for parameter, _ in changed]
         self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -125,6 +147,12 @@ class IA3Linear(nn.Module):
             raise ValueError("IA3Linear: unmerge needs a merged adapter, got none")
         if self._original is None:
             raise RuntimeError(f"IA3Linear: {self.merged_adapters[0]!r} was merged with keep_original=False")
+        now = self.base_layer.weight, self.base_layer.bias
+        if any(a is not b or writes(a) != v for (a, v), b in zip(self._merged_at, now, strict=False)):
+            raise RuntimeError(
+                f"IA3Linear: the base weights have changed since {self.merged_adapters[0]!r} was merged; unmerge would "
+                f"undo that too"
+            )
         for parameter, original in zip((self.base_layer.weight, self.base_layer.bias), self._original, strict=False):
             parameter.copy_(original)
         self._original = None

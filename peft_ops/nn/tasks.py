@@ -17,7 +17,8 @@ class TaskBatch:
 
     Attributes:
         names: adapters present in the batch; id i means names[i].
-        ids: int64 [B], -1 for rows of the base model.
+        ids: int64 [B], -1 for rows of the base model. Plans made of them are kept: change them by torch operations,
+            which count, or make a new batch; not through `.data` or from a kernel of your own.
     """
 
     def __init__(self, names: Sequence[str], ids: Tensor):
@@ -47,8 +48,13 @@ class TaskBatch:
         # the operators refuse ids that divide packed rows by chance; a plan would not know
         check_task_ids("TaskBatch", self.ids, x.shape[:-1], len(self.names), x)
         rows = x.shape[:-1].numel()
-        if torch.cuda.is_current_stream_capturing() or self.ids.is_inference():
-            return plan_tasks(self.ids, rows, len(self.names))  # the graph makes its own, from the ids of each replay
+        if (
+            torch.compiler.is_compiling()  # a dict of plans is nothing that can be traced
+            or torch.cuda.is_current_stream_capturing()  # the graph makes its own, from the ids of each replay
+            or torch.is_inference_mode_enabled()  # a plan made here could not be saved for a backward later
+            or self.ids.is_inference()
+        ):
+            return plan_tasks(self.ids, rows, len(self.names))
         key = tuple(x.shape[:-1]), self.ids._version
         if key not in self._plans:
             self._plans = {k: plan for k, plan in self._plans.items() if k[1] == key[1]}
@@ -63,7 +69,8 @@ _current: ContextVar[TaskBatch | None] = ContextVar("peft_ops_tasks", default=No
 def tasks(rows: "TaskBatch | Sequence[str | None]", device: torch.device | str = "cpu") -> Iterator[TaskBatch]:
     """Modules called inside, on this thread, read the batch's adapters from here unless they are given them.
 
-    Activation checkpointing runs a forward again after the block has ended: pass the batch to the modules there.
+    Activation checkpointing runs a forward again after the block has ended, and torch.compile cannot read a context:
+    pass the batch to the modules there.
     """
     batch = rows if isinstance(rows, TaskBatch) else TaskBatch.of_rows(rows, device)
     token = _current.set(batch)

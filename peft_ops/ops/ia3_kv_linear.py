@@ -106,7 +106,10 @@ def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, pl
         return k, v, *((z.contiguous() for z in zs) if save else (nothing, x.new_empty(0)))
     check_ids_in_range(op, task_ids, k_l.shape[0])
     one_launch = (
-        not save and aligned(rows, k_weight, v_weight) and all(w.shape[0] % 16 == 0 for w in (k_weight, v_weight))
+        not save
+        and k_l.dtype == v_l.dtype
+        and aligned(rows, k_weight, v_weight)
+        and all(w.shape[0] % 16 == 0 for w in (k_weight, v_weight))
     )
     if one_launch and k_weight.is_contiguous() and v_weight.is_contiguous():
         k, v = launch_kv(rows, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextvars import copy_context
+from threading import Thread
 
 import torch
 import torch.nn.functional as F
@@ -113,12 +114,21 @@ def _counters(x: Tensor, count: int) -> Tensor:
     """Zeros that the kernel leaves zero, one buffer per stream; a captured graph has its own, zeroed at each replay."""
     if not x.is_cuda or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=x.device)
-    key = x.device, torch.cuda.current_stream(x.device).cuda_stream
-    buffer = _counter_pool.get(key)
-    if buffer is None or buffer.numel() < count:
+    stream = torch.cuda.current_stream(x.device)
+    key = x.device, stream.cuda_stream
+    if key not in _counter_pool or _counter_pool[key].numel() < count:
         # the old buffer may still be in use by a launch before this one on the same stream: the allocator waits for it
-        buffer = _counter_pool[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
-    return buffer
+
+        def allocate():
+            with torch.cuda.stream(stream):
+                _counter_pool[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=x.device)
+
+        # on a thread of its own, once: torch.compile's CUDA graphs warm up with this thread's allocations in a pool of
+        # theirs, which they take back
+        thread = Thread(target=allocate)
+        thread.start()
+        thread.join()
+    return _counter_pool[key]
 
 
 def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability, takes_wide) -> None:

@@ -62,8 +62,13 @@ def chunks_by_task(
     with torch.cuda.device_of(chunks):
         if task_ids is None:
             order, key = None, torch.zeros(1, dtype=torch.int32, device=device)
+        elif groups > tiles.SORT_LIMIT:
+            known = (task_ids >= 0) & (task_ids < num_tasks)
+            key = torch.where(known, task_ids, torch.where(task_ids == -1, num_tasks, num_tasks + 1))
+            key, order = (t.to(torch.int32) for t in key.sort(stable=True))
         else:
-            order, key = new(groups), new(groups)
+            # zeros: ids that another stream changes meanwhile leave ranks out, and every row number must be one
+            order, key = torch.zeros((2, groups), dtype=torch.int32, device=device)
             sorting.sort_ids_kernel[(tiles.cdiv(groups, block),)](
                 task_ids.contiguous(), order, key, groups, num_tasks, BLOCK=block, num_warps=4
             )
