@@ -307,6 +307,15 @@ class TestPromptEmbedding:
         got = embeddings()(IDS.to(DEVICE), words, MASK.to(DEVICE))
         assert torch.equal(got.inputs_embeds, words[IDS.to(DEVICE)])
 
+    @pytest.mark.parametrize("grad", [True, False], ids=["training", "serving"])
+    def test_compiles_in_one_graph(self, grad):
+        prompts = embeddings("embedding")
+        words, batch = torch.randn(V, E, device=DEVICE), TaskBatch.of_rows(ROWS, DEVICE)
+        with torch.set_grad_enabled(grad):
+            compiled = torch.compile(lambda ids: prompts(ids, words, None, batch), backend="eager", fullgraph=True)
+            got = compiled(IDS.to(DEVICE)).inputs_embeds
+            assert torch.equal(got, prompts(IDS.to(DEVICE), words, None, batch).inputs_embeds)
+
     def test_deepcopy(self):
         prompts = embeddings()
         twin = copy.deepcopy(prompts)
@@ -464,6 +473,8 @@ class TestMultitaskPrompts:
         before = copy.deepcopy(ours.state_dict())
         train(ours)
         after = ours.state_dict()
+        ours.load_state_dict(after, assign=True)
+        assert all(p._base is None for p in ours.parameters()), "a parameter is a view"
         for key in ("prefix_task_cols", "prefix_task_rows"):
             moved = (after[key] != before[key]).flatten(1).any(1)
             assert moved.tolist() == [True, True, False]
@@ -578,6 +589,10 @@ VALUE_ERRORS = {
     "dropout": (lambda: PromptEncoder(P, E, "lstm", 6, 2, 2), r"encoder_dropout must be in \[0, 1\], got 2"),
     "lama-odd": (lambda: PromptEncoder.lama(P, 7), "PromptEncoder.lama: token_dim must be even, got 7"),
     "state": (lambda: PromptEncoder.from_state_dict({"x": 1}), r"state must hold .* got \['x'\]"),
+    "state-tokens": (
+        lambda: PromptEncoder.from_state_dict(PromptNetwork(E).state_dict()),
+        "embedding.weight, and lstm",
+    ),
     "text-empty": (lambda: table().from_text([], words()), "from_text: ids must hold at least one token"),
     "text-width": (lambda: table().from_text([1], words(9)), r"embedding must have shape \[V, 8\], got \[11, 9\]"),
     "adapter-dot": (lambda: embeddings().add_adapter("a.b", table()), "adapter must not be named .* got 'a.b'"),

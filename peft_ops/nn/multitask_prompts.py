@@ -16,9 +16,9 @@ FACTORS = ("prefix_task_cols", "prefix_task_rows")
 class MultitaskPromptEmbedding(FromTokens, PromptModule):
     """prompt[t] = E * (u[t] v[t]), elementwise: E [P, E] of all tasks, u[t] [P, r] and v[t] [r, E] of each.
 
-    Multitask prompt tuning, arXiv 2303.02861. Tasks are adapters, named. The factors are one parameter per task, so that
-    a task absent from a batch gets no gradient; E gets that of all rows. The state dict has the keys and shapes of a
-    live peft.MultitaskPromptEmbedding: `embedding.weight` [P, E], `prefix_task_cols` [num_tasks, P, r],
+    Multitask prompt tuning, arXiv 2303.02861. Tasks are adapters, named. The factors are one parameter per task, so
+    that a task absent from a batch gets no gradient; E gets that of all rows. The state dict has the keys and shapes of
+    a live peft.MultitaskPromptEmbedding: `embedding.weight` [P, E], `prefix_task_cols` [num_tasks, P, r],
     `prefix_task_rows` [num_tasks, r, E], task i being the i-th name. `from_text` and `from_vocab` set E as PEFT's
     PromptTuningInit does.
 
@@ -118,4 +118,6 @@ def _unstack(module: MultitaskPromptEmbedding, state: dict, prefix: str, _, __, 
             continue
         if len(stacked) != len(module.adapters):
             errors.append(f"{prefix}{key} holds {len(stacked)} tasks, the module {len(module.adapters)}")
-        state.update({f"{prefix}{key}.{name}": factor for name, factor in zip(module.adapters, stacked, strict=False)})
+        # copies: assign=True makes them the parameters, which must be views of nothing
+        own = {f"{prefix}{key}.{name}": factor.clone() for name, factor in zip(module.adapters, stacked, strict=False)}
+        state.update(own)

@@ -10,6 +10,12 @@ from peft_ops._checks import FLOATS, IDS, check_tensor, shape
 from peft_ops.nn.adapters import check_size, check_type
 
 KINDS = ("lstm", "mlp", "embedding")
+# weights whose columns are token_dim and encoder_hidden_size
+SIZES = {
+    "lstm": ("lstm_head.weight_ih_l0", "lstm_head.weight_hh_l0"),
+    "mlp": ("mlp_head.0.weight", "mlp_head.2.weight"),
+    "embedding": ("embedding.weight", "embedding.weight"),
+}
 
 
 class PromptNetwork(nn.Module):
@@ -70,18 +76,19 @@ class PromptNetwork(nn.Module):
         """
         op = cls.__name__
         check_type(op, "state", state, Mapping, "a state dict")
-        first = next(
-            (key for key in ("lstm_head.weight_ih_l0", "mlp_head.0.weight", "embedding.weight") if key in state), None
-        )
-        if first is None:
-            raise ValueError(f"{op}: state must hold embedding.weight, lstm_head or mlp_head, got {list(state)}")
-        kind = {"l": "lstm", "m": "mlp", "e": "embedding"}[first[0]]
-        hidden = {"lstm": "lstm_head.weight_hh_l0", "mlp": "mlp_head.2.weight", "embedding": first}[kind]
+        kind = next((kind for kind, keys in SIZES.items() if all(key in state for key in keys)), None)
+        own = issubclass(cls, PromptEncoder)
+        if kind is None or (own and "embedding.weight" not in state):
+            wanted = (
+                "embedding.weight, and lstm_head or mlp_head if it has a network" if own else "lstm_head or mlp_head"
+            )
+            raise ValueError(f"{op}: state must hold {wanted}, got {list(state)}")
+        first, hidden = (state[key] for key in SIZES[kind])
         layers = sum(key.startswith("lstm_head.weight_ih_l") and not key.endswith("_reverse") for key in state)
-        sizes = [state[first].shape[1], kind, state[hidden].shape[1], max(layers, 1), encoder_dropout]
-        if issubclass(cls, PromptEncoder):
+        sizes = [first.shape[1], kind, hidden.shape[1], max(layers, 1), encoder_dropout]
+        if own:
             sizes = [state["embedding.weight"].shape[0], *sizes]
-        module = cls(*sizes).to(state[first])
+        module = cls(*sizes).to(first)
         module.load_state_dict(state)
         return module
 
