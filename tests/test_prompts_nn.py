@@ -383,6 +383,24 @@ class TestPeftFiles:
             want = model(input_ids=self.ids, attention_mask=torch.ones_like(self.ids)).logits
         torch.testing.assert_close(self.logits(prompts, "x"), want, rtol=0, atol=1e-6)
 
+    @pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="beside a model on the CPU")
+    @pytest.mark.parametrize("kind", ["lstm", "embedding"])
+    def test_of_a_sequence_to_sequence_table_the_encoder_reads_the_first_half(self, kind):
+        sizes = {"d_model": E, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+        base = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=V, **sizes)).eval()
+        config = peft_config(kind)
+        config.task_type, words = "SEQ_2_SEQ_LM", base.shared.weight
+        model = peft.get_peft_model(base, config).eval()
+        saved = peft.get_peft_model_state_dict(model)["prompt_embeddings"]
+        assert saved.shape == (2 * P, E)
+        prompts, mask = PromptEmbedding().eval(), torch.ones_like(self.ids)
+        prompts.load_peft_table("x", saved[:P])
+        with torch.no_grad():
+            want = model(input_ids=self.ids, attention_mask=mask, decoder_input_ids=self.ids).logits
+            got = prompts(self.ids, words, mask, TaskBatch.of_rows(["x", "x"]))
+            inputs = {"inputs_embeds": got.inputs_embeds, "attention_mask": got.attention_mask}
+            torch.testing.assert_close(base(**inputs, decoder_input_ids=self.ids).logits, want, rtol=0, atol=1e-6)
+
     def test_a_loaded_table_trains_on_when_asked(self):
         prompts, table = PromptEmbedding().to(DEVICE), torch.randn(P, E)
         prompts.load_peft_table("red", table.to(DEVICE), trainable=True)

@@ -116,9 +116,9 @@ class PromptEmbedding(PromptModule):
         """A new adapter that serves what PEFT saved: the tensor `prompt_embeddings` of adapter_model.safetensors.
 
         Args:
-            table: [P, E], of P-Tuning or prompt tuning. A sequence-to-sequence adapter has 2 P rows: those of the
-                encoder, then those of the decoder; pass the rows of the place that reads them. It is copied, to the
-                device of the adapters that are there already.
+            table: [P, E], of P-Tuning or prompt tuning. PEFT saves 2 P rows for a sequence-to-sequence model and reads
+                the first P of them, before the encoder's text: pass table[:P]. It is copied, to the device of the
+                adapters that are there already.
             trainable: train it on, as prompt tuning does. PEFT does not save an encoder, so there is none to train.
 
         Raises:
