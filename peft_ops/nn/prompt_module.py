@@ -36,13 +36,15 @@ class PromptModule(AdapterModule):
 
     def table(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
         """Prompts [len(names), P, E], padded to the longest, and lengths [len(names)]; None if no adapter has one."""
+        names = check_names(type(self).__name__, "names", names)
         present = {name: self.prompt(name) for name in names if name in self.adapters}
         if not present:
             return None
-        dtype = next(iter(present.values())).dtype
-        for prompt in present.values():  # never narrowed by what else is in the batch
+        first, *others = present.values()
+        dtype = first.dtype
+        for prompt in others:  # never narrowed by what else is in the batch
             dtype = torch.promote_types(dtype, prompt.dtype)
-        nothing = next(iter(present.values())).new_zeros(0, prompt.shape[1])
+        nothing = first.new_zeros(0, first.shape[1])
         prompts = [present.get(name, nothing).to(dtype) for name in names]
         return pad_sequence(prompts, batch_first=True), self._lengths_of(tuple(map(len, prompts)), nothing.device)
 
@@ -109,6 +111,7 @@ class PromptModule(AdapterModule):
 
 @contextmanager
 def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then every part's own mode again."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
