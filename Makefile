@@ -49,7 +49,7 @@ kernels: setup  ## what the compiler makes of every kernel and tile for every GP
 ifdef TRITON
 	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
 endif
-	PYTHONPATH=$(if $(TRITON),build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
+	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
 
 bench: setup  ## the CPU kernels beside PEFT's arithmetic
 	$(PY) -m bench.native_cpu $(ARGS)

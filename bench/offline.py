@@ -3,6 +3,9 @@
     python -m bench.offline            # every launch below with every candidate of its table, for every architecture
     python -m bench.offline --sm 90 --match glu
 
+Columns: registers, bytes of stack, spill instructions, bytes of shared memory, warps (12 where 4 were specialised),
+tensor-core instructions, TMA loads and stores, 16-byte accesses, loads of 1 or 2 bytes.
+
 A launcher runs on meta tensors with its kernels recorded instead of launched, so that types, divisibility and tiles are
 those of the real call; the recorded call is then compiled for each architecture. Needs triton and its bundled tools, no
 GPU.
@@ -456,10 +459,13 @@ def check(case: Case, capability: int, launch: Launch) -> tuple[Resources | None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sm", type=int, nargs="+", default=sorted(tiles.CHIPS), help="compute capabilities")
+    known = sorted(tiles.CHIPS)
+    parser.add_argument("--sm", type=int, nargs="+", default=known, choices=known, help="compute capabilities")
     parser.add_argument("--match", default="", help="only launches whose name contains this")
     args = parser.parse_args()
     found = [w for w in work(args.sm) if args.match in w[0].name]
+    if not found:
+        parser.error(f"no launch's name contains {args.match!r}")
     print(f"triton {triton.__version__}: {len(found)} compilations")
     print(f"{'launch':50} {'tile':38}", *(f"{name:>9}" for name in ("sm", *Resources._fields)), " verdict")
     bad = 0

@@ -159,8 +159,10 @@ def main() -> None:
     parser.add_argument("--sm", type=int, default=90, choices=sorted(tiles.CHIPS), help="for --dry-run")
     args = parser.parse_args()
     work = [(layer, M) for layer in LAYERS if args.match in layer.name for M in args.rows]
+    if not work:
+        parser.error(f"no layer's name contains {args.match!r}")
     if args.dry_run:
-        print(f"predicted for sm_{args.sm}, nothing is measured")
+        print(f"predicted for sm_{args.sm}, nothing is measured; the first candidate of each is what runs now")
         print(f"{'layer':24} {'rows':>6} {'candidate':34} {'us':>9} {'/ bare':>7}")
         for layer, M in work:
             print("\n".join(expectations(layer, M, args.sm)))

@@ -39,7 +39,8 @@ def check_table(op: str, arg: str, table, N: int, like: Tensor, has_ids: bool) -
     if table.dim() == 1:
         table = table.unsqueeze(0)
     if table.dim() != 2 or table.shape[1] != N:
-        raise ValueError(f"{op}: {arg} must have shape [{N}] or [num_tasks, {N}], got {shape(table)}")
+        hint = "; flatten PEFT's column" if tuple(table.shape) == (N, 1) else ""
+        raise ValueError(f"{op}: {arg} must have shape [{N}] or [num_tasks, {N}], got {shape(table)}{hint}")
     if not has_ids and table.shape[0] != 1:
         raise ValueError(f"{op}: task_ids must be given, because {arg} holds {table.shape[0]} tasks, got None")
     return table if table.stride(1) == 1 or N <= 1 else table.contiguous()

@@ -51,8 +51,8 @@ def why_absent() -> str:
     if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")):
         return "there is no C++ compiler; plain PyTorch runs instead"
     return (
-        "the build did not see torch or a compiler, failed, or was told PEFT_OPS_SKIP_BUILD=1; plain PyTorch runs "
-        "instead. `pip install -v --no-build-isolation .` in a checkout says which"
+        "a checkout is not built yet (`make setup`), or the build did not see torch or a compiler, failed, or was told "
+        "PEFT_OPS_SKIP_BUILD=1; plain PyTorch runs instead. `pip install -v --no-build-isolation .` says which"
     )
 
 

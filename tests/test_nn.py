@@ -307,7 +307,7 @@ def test_mixed_training_equals_training_alone():
         (
             lambda: PromptEncoder(1, 4, "gru"),
             ValueError,
-            "PromptEncoder: encoder_reparameterization_type must be 'lstm' or 'mlp', got 'gru'",
+            "PromptEncoder: encoder_reparameterization_type must be 'lstm', 'mlp' or 'embedding', got 'gru'",
         ),
         (
             lambda: TaskBatch.of_rows(["x"], names=("red",)),

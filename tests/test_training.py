@@ -407,7 +407,18 @@ class TestGatedMLP:
     def test_merging_goes_to_the_down_projection(self):
         mlp, x = self.make(), torch.randn(4, 16, device=DEVICE)
         want = mlp(x, TaskBatch.of_rows(["red"] * 4, DEVICE))
-        mlp.down_proj.merge("red")
+        bare = mlp(x)
+        mlp.merge("red")
+        torch.testing.assert_close(mlp(x), want)
+        mlp.unmerge()
+        assert torch.equal(mlp(x), bare)
+
+    @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast", "swish", "silu", "relu", "gelu"])
+    def test_activations_by_transformers_names(self, name):
+        from transformers.activations import ACT2FN
+
+        mlp, x = self.make(name), torch.randn(5, 16, device=DEVICE)
+        want = mlp.down_proj.base_layer(ACT2FN[name](mlp.gate_proj(x)) * mlp.up_proj(x))
         torch.testing.assert_close(mlp(x), want)
 
     def test_errors(self):
@@ -416,5 +427,5 @@ class TestGatedMLP:
             IA3GatedMLP(good, nn.Identity(), nn.Linear(8, 4))
         with pytest.raises(ValueError, match="down_proj must have is_feedforward=True"):
             IA3GatedMLP(good, good, IA3Linear(nn.Linear(8, 4)))
-        with pytest.raises(ValueError, match="IA3GatedMLP: activation must be one of .*, got 'swish'"):
-            IA3GatedMLP(good, good, nn.Linear(8, 4), activation="swish")
+        with pytest.raises(ValueError, match="IA3GatedMLP: activation must be one of .*, got 'mish'"):
+            IA3GatedMLP(good, good, nn.Linear(8, 4), activation="mish")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_ops import ia3_scale
 from peft_ops.demo.data import DemoError
-from peft_ops.nn import IA3Linear, PromptEmbedding, PromptEncoder, TaskBatch, tasks
+from peft_ops.nn import IA3Linear, PromptEmbedding, PromptEncoder, TaskBatch, check_adapters, tasks
 
 MAX_TOKENS = 32  # nine docstrings in ten are shorter
 TEMPERATURE = 0.1  # pooled features have length 1; the classifier reads them divided by this
@@ -100,7 +100,8 @@ class Encoder(nn.Module):
         return list(self.prompts.add_adapter(name, encoder.to(self.device)).parameters())
 
     def materialize(self, names: Sequence[str] | None) -> None:
-        """Stack the tables of these adapters once, for serving."""
+        """Stack the tables of these adapters once, for serving; ValueError for one that exists nowhere."""
+        check_adapters(self, names or ())
         for module in (*self.ia3.values(), self.prompts):
             module.materialize(names)
 

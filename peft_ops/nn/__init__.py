@@ -1,7 +1,21 @@
 """Modules over the operators: frozen layers with many adapters, and the context that says which row uses which."""
 
+from peft_ops.nn.adapters import check_adapters
 from peft_ops.nn.ia3 import IA3GatedMLP, IA3Linear
-from peft_ops.nn.prompts import PromptEmbedding, PromptEncoder
+from peft_ops.nn.multitask_prompts import MultitaskPromptEmbedding
+from peft_ops.nn.prompt_encoders import PromptEncoder, PromptNetwork
+from peft_ops.nn.prompts import PromptEmbedding
 from peft_ops.nn.tasks import TaskBatch, current_tasks, tasks
 
-__all__ = ["IA3GatedMLP", "IA3Linear", "PromptEmbedding", "PromptEncoder", "TaskBatch", "current_tasks", "tasks"]
+__all__ = [
+    "IA3GatedMLP",
+    "IA3Linear",
+    "MultitaskPromptEmbedding",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "PromptNetwork",
+    "TaskBatch",
+    "check_adapters",
+    "current_tasks",
+    "tasks",
+]

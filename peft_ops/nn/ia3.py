@@ -1,22 +1,23 @@
 """Frozen layers with one (IA)^3 vector per adapter; a batch may mix adapters and base-model rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from peft_ops._checks import check_activation
-from peft_ops.nn.tasks import TaskBatch, current_tasks
+from peft_ops.nn.adapters import AdapterModule, check_names, check_new_name, check_type, same_stamp, stamp, writes
+from peft_ops.nn.tasks import TaskBatch, batch_of
 from peft_ops.ops.ia3_glu import ia3_glu_linear
 from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 
+# what transformers calls the activations that the operators have
+HF_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu"
+}  # fmt: skip
 
-def writes(t: Tensor) -> int | None:
-    """How often torch has written to t, which inference tensors do not count."""
-    return None if t.is_inference() else t._version
 
-
-class IA3Linear(nn.Module):
+class IA3Linear(AdapterModule):
     """y = base(x) * l[t], or base(x * l[t]) with is_feedforward; row b belongs to adapter t(b).
 
     Keys of the state dict are PEFT's: `base_layer.weight`, `base_layer.bias`, `ia3_l.<adapter>`. Each adapter is a
@@ -31,6 +32,7 @@ class IA3Linear(nn.Module):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"IA3Linear: base must be an nn.Linear, got {type(base).__name__}")
+        check_type("IA3Linear", "is_feedforward", is_feedforward, bool, "a bool")
         self.base_layer, self.is_feedforward = base, is_feedforward
         self.ia3_l = nn.ParameterDict()
         self.merged_adapters: list[str] = []
@@ -39,17 +41,16 @@ class IA3Linear(nn.Module):
         self._served: dict[tuple[str, ...], tuple[list, Tensor]] = {}
 
     @property
+    def adapters(self) -> Iterable[str]:
+        return self.ia3_l.keys()
+
+    @property
     def features(self) -> int:
         return self.base_layer.in_features if self.is_feedforward else self.base_layer.out_features
 
     def add_adapter(self, name: str) -> nn.Parameter:
         """A new vector of ones in PEFT's shape: [1, in] with is_feedforward, else [out, 1]."""
-        if not isinstance(name, str):
-            raise TypeError(f"IA3Linear: adapter must be a name, got {type(name).__name__}")
-        if name in self.ia3_l:
-            raise ValueError(f"IA3Linear: adapter must have a new name, got {name!r}")
-        if "." in name or hasattr(nn.ParameterDict(), name):
-            raise ValueError(f"IA3Linear: adapter must not be named as an attribute of a module, got {name!r}")
+        check_new_name("IA3Linear", name, self.ia3_l)
         shape = (1, self.features) if self.is_feedforward else (self.features, 1)
         # fp32 whatever the base has: the product is taken in fp32, and half-precision vectors do not train
         self.ia3_l[name] = nn.Parameter(torch.ones(shape, device=self.base_layer.weight.device))
@@ -57,6 +58,7 @@ class IA3Linear(nn.Module):
 
     def table(self, names: Sequence[str]) -> Tensor:
         """[len(names), features]; an adapter that does not target this module is a row of ones."""
+        names = check_names("IA3Linear", "names", names)
         ones = None
         rows = []
         for name in names:
@@ -78,12 +80,11 @@ class IA3Linear(nn.Module):
         if names is None:
             self._served.clear()
         else:
-            self._served[tuple(names)] = self._stamp(names), self.table(names)
+            names = check_names("IA3Linear", "names", names)
+            self._served[names] = self._stamp(names), self.table(names)
 
     def _stamp(self, names: Sequence[str]) -> list[tuple]:
-        """Each vector itself, so that its address is not used again, where it lies, and how often it was written."""
-        vectors = [self.ia3_l[n] if n in self.ia3_l else None for n in names]
-        return [(None,) if v is None else (v, v.data_ptr(), writes(v)) for v in vectors]
+        return stamp(self.ia3_l[name] for name in names if name in self.ia3_l)
 
     def _served_table(self, names: tuple[str, ...]) -> Tensor | None:
         """The materialized table while it is true; never in traced code, which would keep it for ever."""
@@ -95,12 +96,11 @@ class IA3Linear(nn.Module):
         kept, table = self._served.get(names, (None, None))
         if table is None:
             return None
-        same = all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(kept, self._stamp(names), strict=True))
-        return table if same else None
+        return table if same_stamp(kept, self._stamp(names)) else None
 
     def of_batch(self, batch: TaskBatch | None) -> tuple[TaskBatch, Tensor] | None:
         """The batch and its table; None where every row is the base model's at this layer."""
-        batch = current_tasks() if batch is None else batch
+        batch = batch_of("IA3Linear", batch)
         if batch is None:
             return None
         if self.merged_adapters:  # base rows too: the base weights are not there
@@ -123,8 +123,11 @@ class IA3Linear(nn.Module):
             safe_merge: refuse with ValueError, and change nothing, where the folded weight or bias is not finite.
             keep_original: keep the base weights in host memory, so that `unmerge` brings them back bitwise.
         """
+        check_type("IA3Linear", "adapter", name, str, "a name")
         if name not in self.ia3_l:
             raise ValueError(f"IA3Linear: merge takes one of the adapters {list(self.ia3_l)}, got {name!r}")
+        if name in self.merged_adapters:
+            raise ValueError(f"IA3Linear: {name!r} is merged already")
         if self.merged_adapters:
             raise ValueError(f"IA3Linear: {self.merged_adapters[0]!r} is merged; unmerge it before {name!r}")
         base = self.base_layer
@@ -176,13 +179,15 @@ class IA3GatedMLP(nn.Module):
     """y = down(act(gate(x)) * up(x) * l[t]): a gated feed-forward layer whose adapter costs one factor in one pass.
 
     PEFT scales the input of `down_proj`; the same vector scales here where that input is made, and `down_proj` runs
-    bare. Keys of the state dict are PEFT's: `gate_proj.weight`, `up_proj.weight`, `down_proj.base_layer.weight`,
+    bare. Rows of the base model too are rounded once where the eager layer rounds twice. Keys of the state dict are
+    PEFT's where the model has these names: `gate_proj.weight`, `up_proj.weight`, `down_proj.base_layer.weight`,
     `down_proj.ia3_l.<adapter>`, and biases.
 
     Args:
         gate_proj, up_proj: two linear layers of one x, equally wide.
         down_proj: the layer that takes their product, or an IA3Linear of it with is_feedforward.
-        activation: None, "relu", "gelu", "gelu_tanh" or "silu".
+        activation: None, "relu", "gelu", "gelu_tanh" or "silu", or transformers' name for it. T5 v1.1 wants "gelu_new",
+            and has dropout before its last layer, which is not here.
     """
 
     def __init__(
@@ -196,15 +201,32 @@ class IA3GatedMLP(nn.Module):
         for name, layer in (("gate_proj", gate_proj), ("up_proj", up_proj)):
             if not isinstance(layer, nn.Linear):
                 raise TypeError(f"IA3GatedMLP: {name} must be an nn.Linear, got {type(layer).__name__}")
+        activation = HF_ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else activation
         check_activation("IA3GatedMLP", activation)
+        check_type("IA3GatedMLP", "down_proj", down_proj, (nn.Linear, IA3Linear), "an nn.Linear or an IA3Linear")
         down_proj = down_proj if isinstance(down_proj, IA3Linear) else IA3Linear(down_proj, is_feedforward=True)
         if not down_proj.is_feedforward:
             raise ValueError("IA3GatedMLP: down_proj must have is_feedforward=True, got False")
+        sizes = gate_proj.in_features, gate_proj.out_features
+        if (up_proj.in_features, up_proj.out_features) != sizes:
+            got = f"{up_proj.in_features} to {up_proj.out_features}"
+            raise ValueError(
+                f"IA3GatedMLP: up_proj must map {sizes[0]} to {sizes[1]} features, as gate_proj, got {got}"
+            )
+        if down_proj.features != sizes[1]:
+            raise ValueError(f"IA3GatedMLP: down_proj must take {sizes[1]} features, got {down_proj.features}")
         self.gate_proj, self.up_proj, self.down_proj, self.activation = gate_proj, up_proj, down_proj, activation
 
     def add_adapter(self, name: str) -> nn.Parameter:
         """A new vector of ones in PEFT's shape, [1, N]."""
         return self.down_proj.add_adapter(name)
+
+    def merge(self, name: str, safe_merge: bool = False, keep_original: bool = True) -> None:
+        """Fold an adapter into `down_proj`, as PEFT does."""
+        self.down_proj.merge(name, safe_merge, keep_original)
+
+    def unmerge(self) -> None:
+        self.down_proj.unmerge()
 
     def forward(self, x: Tensor, batch: TaskBatch | None = None) -> Tensor:
         gate, up = self.gate_proj, self.up_proj

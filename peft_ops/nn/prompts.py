@@ -1,124 +1,178 @@
-"""P-Tuning: prompt encoders as PEFT has them, and a set of them that a mixed batch reads as one table."""
+"""P-Tuning and prompt tuning: the encoders of many adapters, a network that they may share, and tables of PEFT's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from peft_ops.nn.tasks import TaskBatch, current_tasks
-from peft_ops.ops.prompt_concat import prompt_concat
-from peft_ops.reference import PromptBatch
+from peft_ops._checks import FLOATS, check_tensor
+from peft_ops.nn.adapters import check_known_name, check_names, check_new_name, check_type
+from peft_ops.nn.prompt_encoders import PromptEncoder, PromptNetwork, PromptTable
+from peft_ops.nn.prompt_module import PromptModule, without_dropout
 
 
-class PromptEncoder(nn.Module):
-    """h(P): pseudo tokens and a network that turns them into prompt embeddings [num_virtual_tokens, token_dim].
+class PromptEmbedding(PromptModule):
+    """The prompts of any number of adapters. A batch runs the encoders it needs, once each, for however many rows.
 
-    Modules, initialisation and state-dict keys are those of a live peft.PromptEncoder. (What PEFT saves of it is only
-    the table that it computes, without the encoder.)
+    Each adapter has an encoder of its own, or all share one network: then an adapter is its pseudo tokens, which go
+    through `shared`. Prompts may differ in length; an adapter without an encoder here is served without a prompt.
+
+    The state dict says what is there: `shared.*` is the network of all, `encoders.<adapter>.*` an adapter's own encoder
+    (or its pseudo tokens, `embedding.weight` alone), `encoders.<adapter>.prompt_embeddings` a table whose encoder was
+    dropped. `from_state_dict` rebuilds the module from it, and training goes on where it stopped.
 
     Args:
-        encoder_reparameterization_type: "lstm" or "mlp".
-        encoder_hidden_size: default token_dim.
-        encoder_num_layers, encoder_dropout: of the LSTM; the MLP has neither.
+        shared: a PromptNetwork that all adapters share; None: an encoder each.
     """
 
-    def __init__(
-        self,
-        num_virtual_tokens: int,
-        token_dim: int,
-        encoder_reparameterization_type: str = "mlp",
-        encoder_hidden_size: int | None = None,
-        encoder_num_layers: int = 2,
-        encoder_dropout: float = 0.0,
-    ):
+    def __init__(self, shared: PromptNetwork | None = None):
         super().__init__()
-        hidden = token_dim if encoder_hidden_size is None else encoder_hidden_size
-        kind = encoder_reparameterization_type.lower()
-        if kind not in ("lstm", "mlp"):
-            raise ValueError(f"PromptEncoder: encoder_reparameterization_type must be 'lstm' or 'mlp', got {kind!r}")
-        self.embedding = nn.Embedding(num_virtual_tokens, token_dim)
-        if kind == "lstm":
-            self.lstm_head = nn.LSTM(
-                token_dim, hidden, encoder_num_layers, dropout=encoder_dropout, bidirectional=True, batch_first=True
-            )
-            sizes = (2 * hidden, 2 * hidden, token_dim)
-        else:
-            self.lstm_head = None
-            sizes = (token_dim, hidden, hidden, token_dim)
-        layers = [nn.Linear(sizes[0], sizes[1])]
-        for k, n in zip(sizes[1:], sizes[2:], strict=False):
-            layers += [nn.ReLU(), nn.Linear(k, n)]
-        self.mlp_head = nn.Sequential(*layers)
-
-    def forward(self) -> Tensor:
-        pseudo = self.embedding.weight
-        if self.lstm_head is not None:
-            pseudo = self.lstm_head(pseudo[None])[0][0]
-        return self.mlp_head(pseudo)
-
-
-class PromptEmbedding(nn.Module):
-    """One prompt encoder per adapter. A batch runs those it needs, once each, however many rows they serve.
-
-    Prompts may differ in length; an adapter without an encoder here is served without a prompt.
-    """
-
-    def __init__(self):
-        super().__init__()
+        check_type("PromptEmbedding", "shared", shared, (PromptNetwork, type(None)), "a PromptNetwork or None")
+        if isinstance(shared, PromptEncoder):
+            raise TypeError("PromptEmbedding: shared must be a PromptNetwork, without pseudo tokens, got PromptEncoder")
+        self.shared = shared
         self.encoders = nn.ModuleDict()
-        self._served: dict[tuple[str, ...], tuple[dict, tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def adapters(self) -> Iterable[str]:
+        return self.encoders.keys()
 
     def add_adapter(self, name: str, encoder: PromptEncoder) -> PromptEncoder:
-        if name in self.encoders:
-            raise ValueError(f"PromptEmbedding: adapter must have a new name, got {name!r}")
+        """A new adapter. With a shared network, an encoder of type "embedding": its table is the pseudo tokens.
+
+        Raises:
+            TypeError: no name, no encoder.
+            ValueError: a name that exists or cannot be a key; another token_dim than the others'; a network of its own
+                beside a shared one.
+        """
+        op = "PromptEmbedding"
+        check_new_name(op, name, self.encoders)
+        check_type(op, "encoder", encoder, PromptEncoder, "a PromptEncoder")
+        kind = encoder.encoder_reparameterization_type
+        if self.shared is not None and kind != "embedding":
+            raise ValueError(f"{op}: encoder must be of type 'embedding' where the network is shared, got {kind!r}")
+        return self._add(name, encoder)
+
+    def _add(self, name: str, encoder: PromptEncoder | PromptTable):
+        other = next(iter(self.encoders.values()), encoder) if self.shared is None else self.shared
+        if other.token_dim != encoder.token_dim:
+            got = f"{encoder.token_dim} for {name!r}"
+            raise ValueError(f"PromptEmbedding: token_dim must be {other.token_dim}, as the others have, got {got}")
         self.encoders[name] = encoder
         return encoder
 
-    def table(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """Prompts [len(names), P, E], padded to the longest, and lengths [len(names)]; None if no adapter has one."""
-        some = next((self.encoders[name] for name in names if name in self.encoders), None)
-        if some is None:
-            return None
-        nothing = some.embedding.weight.new_zeros(0, some.embedding.embedding_dim)
-        prompts = [self.encoders[name]() if name in self.encoders else nothing for name in names]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=nothing.device)
-        return pad_sequence(prompts, batch_first=True), lengths
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; its rows are then served without a prompt."""
+        check_known_name("PromptEmbedding", name, self.adapters)
+        del self.encoders[name]
+        self._served = {names: kept for names, kept in self._served.items() if name not in names}
+
+    def prompt(self, name: str) -> Tensor:
+        """[P, E] of one adapter.
+
+        Raises:
+            RuntimeError: in training, where only the adapter's table is kept.
+        """
+        encoder = self.encoders[name]
+        if isinstance(encoder, PromptTable):
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"PromptEmbedding: {name!r} has no encoder to train, only its table; serve it in eval() or "
+                    "torch.no_grad(), or load the table with trainable=True to train it as it is"
+                )
+            return encoder()
+        return encoder() if self.shared is None else self.shared(encoder())
+
+    def sources(self, name: str) -> Iterator[Tensor]:
+        encoder = self.encoders[name]
+        modules = [encoder] if self.shared is None or isinstance(encoder, PromptTable) else [encoder, self.shared]
+        for module in modules:
+            yield from (*module.parameters(), *module.buffers())
+
+    def drop_encoders(self, names: Sequence[str] | None = None) -> None:
+        """Replace encoders by the tables they compute, bit by bit what they serve: for inference alone, and for good.
+
+        A shared network goes with the last adapter that needs it. Parameters that an optimizer holds are no longer
+        those of the module.
+
+        Args:
+            names: adapters; None: all.
+
+        Raises:
+            ValueError: a name that is no adapter; nothing is dropped then.
+        """
+        names = check_names("PromptEmbedding", "names", self.adapters if names is None else names)
+        for name in names:
+            check_known_name("PromptEmbedding", name, self.adapters)
+        # leaving inference mode turns gradients on, where an LSTM takes other kernels
+        with without_dropout(self), torch.inference_mode(False), torch.no_grad():
+            tables = {name: self.prompt(name).detach().clone() for name in names}
+        for name, table in tables.items():
+            self.encoders[name] = PromptTable(table).train(self.encoders[name].training)
+        if all(isinstance(encoder, PromptTable) for encoder in self.encoders.values()):
+            self.shared = None
+
+    def load_peft_table(self, name: str, table: Tensor, trainable: bool = False) -> PromptEncoder | PromptTable:
+        """A new adapter that serves what PEFT saved: the tensor `prompt_embeddings` of adapter_model.safetensors.
+
+        Args:
+            table: [P, E], of P-Tuning or prompt tuning. PEFT saves 2 P rows for a sequence-to-sequence model and reads
+                the first P of them, before the encoder's text: pass table[:P]. It is copied, to the device of the
+                adapters that are there already.
+            trainable: train it on, as prompt tuning does. PEFT does not save an encoder, so there is none to train.
+
+        Raises:
+            TypeError, ValueError: as add_adapter, and trainable beside a shared network.
+        """
+        op = "PromptEmbedding.load_peft_table"
+        check_new_name(op, name, self.encoders)
+        check_tensor(op, "table", table, dtypes=FLOATS, dim=2)
+        check_type(op, "trainable", trainable, bool, "a bool")
+        if not len(table):
+            raise ValueError(f"{op}: table must hold at least one virtual token, got shape {list(table.shape)}")
+        if trainable and self.shared is not None:
+            raise ValueError(f"{op}: trainable must be False where the network is shared, got True")
+        device = next((t.device for other in self.adapters for t in self.sources(other)), table.device)
+        with torch.inference_mode(False), torch.no_grad():
+            table = table.detach().to(device, copy=True)
+            if not trainable:
+                return self._add(name, PromptTable(table).train(self.training))
+            encoder = PromptEncoder(*table.shape, "embedding").to(table)
+            encoder.embedding.weight.copy_(table)
+        return self._add(name, encoder.train(self.training))
 
     @torch.no_grad()
-    def materialize(self, names: Sequence[str] | None) -> None:
-        """Keep the prompts of these adapters for batches without gradients; None drops all.
+    def peft_state_dict(self, name: str) -> dict[str, Tensor]:
+        """What PEFT saves of an adapter, and loads: {"prompt_embeddings": [P, E]}, on the host, without the encoder."""
+        check_known_name("PromptEmbedding", name, self.adapters)
+        with without_dropout(self):
+            return {"prompt_embeddings": self.prompt(name).detach().to("cpu", copy=True).contiguous()}
 
-        They are served until an encoder changes.
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], encoder_dropout: float = 0.0) -> "PromptEmbedding":
+        """Rebuild the module that a state dict is of, adapters, encoders, tables and shared network.
+
+        The dropout of LSTMs leaves no trace in a state dict: say it again to train on.
+
+        Raises:
+            ValueError: a key that no PromptEmbedding has.
         """
-        if names is None:
-            self._served.clear()
-        elif (table := self.table(names)) is not None:
-            self._served[tuple(names)] = self._stamp(names), table
-
-    def _stamp(self, names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
-        """Where the parameters of each encoder lie and how often they were written."""
-        present = {name: self.encoders[name] for name in names if name in self.encoders}
-        return {name: [(p.data_ptr(), p._version) for p in e.parameters()] for name, e in present.items()}
-
-    def _snapshot(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
-        """The materialized prompts, if no encoder that is still there has changed; some may have been dropped."""
-        stamp, table = self._served.get(names, ({}, None))
-        return table if all(stamp.get(name) == now for name, now in self._stamp(names).items()) else None
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        embedding: Tensor,
-        attention_mask: Tensor | None = None,
-        batch: TaskBatch | None = None,
-        **kwargs,
-    ) -> PromptBatch:
-        """`prompt_concat` with the prompts of the batch; kwargs: labels, padding_side. [B, S] -> [B, P + S]."""
-        batch = batch or current_tasks() or TaskBatch.of_rows([None] * len(input_ids), input_ids.device)
-        table = None if torch.is_grad_enabled() else self._snapshot(batch.names)
-        no_prompt = embedding.new_zeros(len(batch.names), 0, embedding.shape[1]), None
-        prompts, lengths = table or self.table(batch.names) or no_prompt
-        return prompt_concat(
-            input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, attention_mask=attention_mask, **kwargs
-        )
+        check_type("PromptEmbedding", "state", state, Mapping, "a state dict")
+        own: dict[str, dict[str, Tensor]] = {}
+        shared = {}
+        for key, value in state.items():
+            top, _, rest = key.partition(".")
+            name, _, inner = rest.partition(".")
+            if top == "shared":
+                shared[rest] = value
+            elif top == "encoders" and inner:
+                own.setdefault(name, {})[inner] = value
+            else:
+                raise ValueError(f"PromptEmbedding: state must hold encoders.<adapter>.* and shared.*, got {key!r}")
+        module = cls(PromptNetwork.from_state_dict(shared, encoder_dropout) if shared else None)
+        for name, parts in own.items():
+            if "prompt_embeddings" in parts:
+                module.load_peft_table(name, parts["prompt_embeddings"])
+            else:
+                module.add_adapter(name, PromptEncoder.from_state_dict(parts, encoder_dropout))
+        return module

@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peft_ops._checks import check_task_ids
+from peft_ops._checks import IDS, check_task_ids, check_tensor
+from peft_ops.nn.adapters import check_adapters, check_names, check_type
 from peft_ops.ops.task_plan import plan_tasks
 from peft_ops.reference import TaskPlan
 
@@ -19,10 +20,19 @@ class TaskBatch:
         names: adapters present in the batch; id i means names[i].
         ids: int64 [B], -1 for rows of the base model. Plans made of them are kept: change them by torch operations,
             which count, or make a new batch; not through `.data` or from a kernel of your own.
+
+    Raises:
+        TypeError: names that are no sequence of str, ids that are no tensor of integers.
+        ValueError: a name twice; in `of_rows`, a row that names no adapter of `names`.
     """
 
     def __init__(self, names: Sequence[str], ids: Tensor):
-        self.names, self.ids = tuple(names), ids
+        self.names, self.ids = check_names("TaskBatch", "names", names), ids
+        if None in self.names:
+            raise TypeError("TaskBatch: names must hold adapter names, without None for the base model, got None")
+        if len({*self.names}) != len(self.names):
+            raise ValueError(f"TaskBatch: names must differ, got {list(self.names)}")
+        check_tensor("TaskBatch", "ids", ids, dtypes=IDS)
         self._plans: dict[tuple, TaskPlan] = {}
 
     @classmethod
@@ -30,8 +40,11 @@ class TaskBatch:
         cls, rows: Sequence[str | None], device: torch.device | str = "cpu", names: Sequence[str] | None = None
     ) -> "TaskBatch":
         """One adapter name per row, None for the base model. `names` fixes the order; default: of first appearance."""
+        rows = check_names("TaskBatch", "rows", rows)
         if names is None:
             names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        names = check_names("TaskBatch", "names", names)
+        check_type("TaskBatch", "device", device, (torch.device, str, int), "a device")
         index = {name: i for i, name in enumerate(names)} | {None: -1}
         unknown = next((name for name in rows if name not in index), None)
         if unknown is not None:
@@ -43,6 +56,7 @@ class TaskBatch:
 
     def for_rows(self, x: Tensor) -> Tensor | TaskPlan:
         """What an (IA)^3 operator takes as task_ids of x: on a GPU a plan, made once and shared by all layers."""
+        check_type("TaskBatch", "x", x, Tensor, "a tensor")
         if not x.is_cuda:
             return self.ids
         # the operators refuse ids that divide packed rows by chance; a plan would not know
@@ -66,13 +80,25 @@ _current: ContextVar[TaskBatch | None] = ContextVar("peft_ops_tasks", default=No
 
 
 @contextmanager
-def tasks(rows: "TaskBatch | Sequence[str | None]", device: torch.device | str = "cpu") -> Iterator[TaskBatch]:
+def tasks(
+    rows: "TaskBatch | Sequence[str | None]",
+    device: torch.device | str = "cpu",
+    model: nn.Module | None = None,
+) -> Iterator[TaskBatch]:
     """Modules called inside, on this thread, read the batch's adapters from here unless they are given them.
 
-    Activation checkpointing runs a forward again after the block has ended, and torch.compile cannot read a context:
-    pass the batch to the modules there.
+    Activation checkpointing runs a forward again after the block has ended: call backward() inside it, or pass the
+    batch to the modules. torch.compile(fullgraph=True) cannot read a context: pass the batch there too.
+
+    Args:
+        rows: one adapter name per row, None for the base model; or a TaskBatch.
+        model: where given, a name that none of its modules knows is a ValueError (`check_adapters`, which walks over
+            all its modules). Without it such rows are the base model's: a module cannot tell a misspelt name from that
+            of an adapter that lives in other modules.
     """
     batch = rows if isinstance(rows, TaskBatch) else TaskBatch.of_rows(rows, device)
+    if model is not None:
+        check_adapters(model, batch.names)
     token = _current.set(batch)
     try:
         yield batch
@@ -83,3 +109,9 @@ def tasks(rows: "TaskBatch | Sequence[str | None]", device: torch.device | str =
 def current_tasks() -> TaskBatch | None:
     """The batch of the innermost `with tasks(...)`, None outside: every row is the base model's."""
     return _current.get()
+
+
+def batch_of(op: str, batch: TaskBatch | None) -> TaskBatch | None:
+    """The batch that a module was given, or that of the context."""
+    check_type(op, "batch", batch, (TaskBatch, type(None)), "a TaskBatch or None")
+    return current_tasks() if batch is None else batch
