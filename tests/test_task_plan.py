@@ -446,3 +446,17 @@ def test_checks_hold_on_fake_cuda_tensors():
             plan_tasks(ids, 301, 3)
         with pytest.raises(ValueError, match="must be on cuda:0, as the other arguments are, got cpu"):
             plan_tasks(ids, 300, 3, cu_seqlens=torch.zeros(5, dtype=torch.int64))
+
+
+@pytest.mark.skipif(not KERNELS, reason="a question where kernels run")
+def test_a_backward_sorts_sequences_not_rows():
+    """A plan holds the id of every row; where the shapes say that sequences share one, that many are sorted."""
+    ids, x = torch.tensor([1, -1, 0], device=DEVICE), torch.randn(3, 50, 16, device=DEVICE)
+    plan, ia3_l = plan_tasks(ids, 150, 2), torch.randn(2, 16, device=DEVICE, requires_grad=True)
+    with launches(ia3_scale_ops.sorting) as seen:
+        ia3_scale(x, ia3_l, plan).sum().backward()
+        by_plan, ia3_l.grad = ia3_l.grad, None
+        ia3_scale(x, ia3_l, ids).sum().backward()
+    assert torch.equal(by_plan, ia3_l.grad)
+    assert [name for name, _ in seen] == ["sort_ids_kernel", "chunk_rows_kernel"] * 2
+    assert ia3_scale_ops.per_sequence(plan.task_ids, [plan.tiles], plan.rows_per_id).tolist() == ids.tolist()

@@ -29,6 +29,7 @@ from peft_ops.ops.ia3_linear import (
     split_workspace,
 )
 from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, shaped, sum_chunks
+from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
 
 kernels, dual, tiles = LazyKernels("ia3_glu"), LazyKernels("dual"), LazyKernels("tiles")
@@ -216,7 +217,7 @@ def _ia3_glu_linear_fake(
 
 
 def _glu_linear_setup_context(ctx, inputs, output):
-    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, _, _, ctx.activation, save = inputs
+    x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, ctx.activation, save = inputs
     if not save:
         raise RuntimeError("ia3_glu_linear: save must be True where a gradient is needed, got False")
     need_x, need_gate_weight, need_up_weight = ctx.needs_input_grad[:3]
@@ -226,7 +227,7 @@ def _glu_linear_setup_context(ctx, inputs, output):
         gate_weight if need_x else None,
         up_weight if need_x else None,
         ia3_l,
-        task_ids,
+        per_sequence(task_ids, plan, rows_per_id),
         *output[1:],
     )
 
@@ -282,7 +283,7 @@ def ia3_glu(
         raise ValueError(f"{op}: up must have gate's shape {shape(gate)}, of at least 1 dimension, got {shape(up)}")
     check_activation(op, activation)
     table = check_table(op, "ia3_l", ia3_l, gate.shape[-1], gate, task_ids is not None)
-    ids, _, _ = check_task_ids(op, task_ids, gate.shape[:-1], table.shape[0], gate)
+    ids = per_sequence(*check_task_ids(op, task_ids, gate.shape[:-1], table.shape[0], gate))
     if use_reference(gate):
         return reference.act_glu(gate, up, table, ids, activation)
     return _glu_op(gate, up, table, ids, activation, differentiable=(gate, up, table))

@@ -21,6 +21,7 @@ from peft_ops.ops.ia3_linear import (
     split_workspace,
 )
 from peft_ops.ops.ia3_scale import as_rows, scale_forward, shaped
+from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
 
 kernels, dual, tiles = LazyKernels("ia3_kv_linear"), LazyKernels("dual"), LazyKernels("tiles")
@@ -130,7 +131,7 @@ def _fake(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_
 
 
 def _setup_context(ctx, inputs, output):
-    x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, _, _, save = inputs
+    x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id, save = inputs
     need_x, need_kw, need_vw, _, _, need_kl, need_vl = ctx.needs_input_grad[:7]
     if (need_kl or need_vl) and not save:
         raise RuntimeError("ia3_kv_linear: save must be True for a gradient of k_ia3_l or v_ia3_l, got False")
@@ -141,7 +142,7 @@ def _setup_context(ctx, inputs, output):
         v_weight if need_x else None,
         k_l,
         v_l,
-        task_ids,
+        per_sequence(task_ids, plan, rows_per_id),
         output[2] if need_kl else None,
         output[3] if need_vl else None,
     )

@@ -21,7 +21,7 @@ from peft_ops._checks import (
 )
 from peft_ops._library import Operator, use_reference
 from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward, shaped
-from peft_ops.ops.task_plan import launch_plan
+from peft_ops.ops.task_plan import launch_plan, per_sequence
 from peft_ops.reference import TaskPlan
 
 kernels, tiles = LazyKernels("ia3_linear"), LazyKernels("tiles")
@@ -267,7 +267,7 @@ def _ia3_linear_fake(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activa
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _, ia3_l, task_ids, _, _, activation, is_feedforward, save = inputs
+    x, weight, _, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save = inputs
     need_x, need_weight, need_bias, need_l = ctx.needs_input_grad[:4]
     ctx.activation, ctx.is_feedforward = activation, is_feedforward
     needs_z = not is_feedforward and (need_l or (activation is not None and (need_x or need_weight or need_bias)))
@@ -281,7 +281,7 @@ def _setup_context(ctx, inputs, output):
         x if keep_x else None,
         weight if need_x or (is_feedforward and need_l) else None,
         ia3_l,
-        task_ids,
+        per_sequence(task_ids, plan, rows_per_id),
         output[1] if needs_z else None,
     )
 

@@ -7,6 +7,7 @@ from peft_ops import reference
 from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor
 from peft_ops._library import Operator, native, use_native, use_reference
+from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
 
 kernels, sorting, tiles = LazyKernels("ia3_scale"), LazyKernels("task_plan"), LazyKernels("tiles")
@@ -205,7 +206,7 @@ def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = Non
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least 1 dimension, got shape []")
     table = check_table(op, "ia3_l", ia3_l, x.shape[-1], x, task_ids is not None)
-    ids, _, _ = check_task_ids(op, task_ids, x.shape[:-1], table.shape[0], x)
+    ids = per_sequence(*check_task_ids(op, task_ids, x.shape[:-1], table.shape[0], x))
     if use_reference(x):
         return reference.act_scale(x, table, ids)
     return _op(x, table, ids, None, differentiable=(x, table))

@@ -12,6 +12,13 @@ from peft_ops.reference import TaskPlan
 kernels, tiles = LazyKernels("task_plan"), LazyKernels("tiles")
 
 
+def per_sequence(task_ids: Tensor | None, plan, rows_per_id: int) -> Tensor | None:
+    """A plan's ids, one for each of its rows, as one per sequence where they came so: a backward sorts fewer."""
+    if task_ids is None or plan is None or not isinstance(rows_per_id, int) or rows_per_id <= 1:
+        return task_ids  # a symbolic size stays as it is: nothing is traced for it
+    return task_ids[::rows_per_id]
+
+
 def launch_plan(
     task_ids: Tensor, cu_seqlens: Tensor | None, rows: int, num_tasks: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
