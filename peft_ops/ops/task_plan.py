@@ -16,7 +16,7 @@ def per_sequence(task_ids: Tensor | None, plan, rows_per_id: int) -> Tensor | No
     """A plan's ids, one for each of its rows, as one per sequence where they came so: a backward sorts fewer."""
     if task_ids is None or plan is None or not isinstance(rows_per_id, int) or rows_per_id <= 1:
         return task_ids  # a symbolic size stays as it is: nothing is traced for it
-    return task_ids[::rows_per_id]
+    return task_ids.view(-1, rows_per_id).select(1, 0)
 
 
 def launch_plan(
