@@ -445,5 +445,5 @@ def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor
     """dprompts [num_tasks, P, E] in fp32: the slots of each prompt row, in the batch's order."""
     dtype, E = compute_dtype(dout), dout.shape[2]
     dprompts = torch.zeros(num_tasks * P + 2, E, dtype=dtype, device=dout.device)  # the last two are read by nobody
-    dprompts.index_add_(0, rows.reshape(-1), dout.reshape(-1, E).to(dtype))
+    dprompts.index_add_(0, rows.reshape(-1), dout.flatten(0, 1).to(dtype))
     return dprompts[:-2].clone().view(num_tasks, P, E)

@@ -3,5 +3,15 @@
 from peft_ops.nn.ia3 import IA3GatedMLP, IA3Linear
 from peft_ops.nn.prompts import PromptEmbedding, PromptEncoder
 from peft_ops.nn.tasks import TaskBatch, current_tasks, tasks
+from peft_ops.nn.template import Template
 
-__all__ = ["IA3GatedMLP", "IA3Linear", "PromptEmbedding", "PromptEncoder", "TaskBatch", "current_tasks", "tasks"]
+__all__ = [
+    "IA3GatedMLP",
+    "IA3Linear",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "TaskBatch",
+    "Template",
+    "current_tasks",
+    "tasks",
+]
