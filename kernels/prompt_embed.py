@@ -14,7 +14,7 @@ def prompt_embed_kernel(
     """out[m] = table[ids[m]] below V, prompts[t(m), ids[m] - V] from V on, NaN where that is none, or t(m) is bad
     ids, rows: [M = B * S]   table: [V, E]   prompts: [num_tasks, P, E]   task_ids: [B]   lengths: [num_tasks]
     out: [M, E]. rows[m] is t * P + p, num_tasks * P for a token, one more for NaN. One program per
-    [BLOCK_ROWS, BLOCK_E] tile; two masked loads, no branch: a lane that is off costs no traffic, both are 16 bytes wide.
+    [BLOCK_ROWS, BLOCK_E] tile; two masked loads, no branch: a lane that is off costs no traffic, both stay wide.
     """
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
