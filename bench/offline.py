@@ -32,7 +32,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from peft_ops._backend import LazyKernels
 from peft_ops.kernels import tiles
-from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, task_plan
+from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, prompt_embed, task_plan
 
 ARCHITECTURES = (80, 90, 100)  # the fourth kind of table, 99 KB of shared memory, is sm_86's, sm_89's and sm_120's
 # the older forms run on newer chips too, at a fraction; sm_120 has none of its own for 16 bit
@@ -313,6 +313,28 @@ def _concat_backward(E, dtype):
     return record
 
 
+def _embed(E, dtype, prompt_dtype):
+    def record(capability):
+        with recorded(prompt_embed) as launches:
+            prompts = _meta(4, 20, E, dtype=prompt_dtype)
+            prompt_embed.launch_embed(
+                _ids(8 * 512).view(8, 512), _meta(32000, E, dtype=dtype), prompts, _ids(8), _ids(4)
+            )
+        return launches[0]
+
+    return record
+
+
+def _embed_backward(E, dtype):
+    def record(capability):
+        with recorded(prompt_embed) as launches:
+            rows = _meta(8, 512, dtype=torch.int32)
+            prompt_embed.launch_embed_backward(_meta(8, 512, E, dtype=dtype), rows, 4, 20)
+        return launches[0]
+
+    return record
+
+
 def cases() -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     names = {bf16: "bf16", fp16: "fp16", fp32: "fp32"}
@@ -325,6 +347,8 @@ def cases() -> list[Case]:
         )
         found.append(Case(f"prompt_concat {d}", _concat(4096, dtype, fp32, True, 1), wide=True))
         found.append(Case(f"prompt_concat_backward {d}", _concat_backward(4096, dtype)))
+        found.append(Case(f"prompt_embed {d}", _embed(4096, dtype, fp32), wide=True))
+        found.append(Case(f"prompt_embed_backward {d}", _embed_backward(4096, dtype)))
     found.append(Case("ia3_scale bf16 one task", _scale(4096, 4096, bf16, bf16, False, None), wide=True))
     found.append(Case("ia3_scale bf16 odd", _scale(37, 4095, bf16, fp32, True, None)))
     found.append(Case("ia3_scale bf16 one row", _scale(1, 4096, bf16, fp32, False, None), wide=True))

@@ -6,6 +6,7 @@ from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale
 from peft_ops.ops.prompt_concat import prompt_concat
+from peft_ops.ops.prompt_embed import prompt_embed
 from peft_ops.ops.task_plan import plan_tasks
 from peft_ops.reference import PromptBatch, TaskPlan
 
@@ -23,5 +24,6 @@ __all__ = [
     "ia3_scale",
     "plan_tasks",
     "prompt_concat",
+    "prompt_embed",
     "set_backend",
 ]

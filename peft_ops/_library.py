@@ -31,6 +31,9 @@ SCHEMAS = {
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
+    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths)"
+    " -> (Tensor, Tensor)",
+    "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
 }
 # csrc/ implements these. x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {

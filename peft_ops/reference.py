@@ -399,3 +399,51 @@ def _take(values: Tensor, source: Tensor, valid: Tensor) -> Tensor:
     taken = values.reshape(B * S, *values.shape[2:]).index_select(0, (row + source.clamp(0, S - 1)).reshape(-1))
     taken = taken.reshape(B, source.shape[1], *values.shape[2:])
     return torch.where(valid.view(*valid.shape, *[1] * (values.dim() - 2)), taken, 0)
+
+
+def prompt_embed(
+    input_ids: Tensor,
+    embedding: Tensor,
+    prompts: Tensor,
+    task_ids: Tensor | None = None,
+    *,
+    prompt_lengths: Tensor | None = None,
+) -> Tensor:
+    prompts = prompts[None] if prompts.dim() == 2 else prompts
+    rows = embed_rows(input_ids, embedding.shape[0], task_ids, prompt_lengths, *prompts.shape[:2])
+    return embed_tokens(input_ids, embedding, prompts, rows)
+
+
+def embed_rows(
+    input_ids: Tensor, V: int, task_ids: Tensor | None, prompt_lengths: Tensor | None, num_tasks: int, P: int
+) -> Tensor:
+    """Which prompt row each id is, int32 [B, S]: t * P + p; num_tasks * P for a token, one more for what is neither."""
+    layout = prompt_layout(
+        task_ids, prompt_lengths, None, (*input_ids.shape, num_tasks, P), False, input_ids.device
+    ).long()
+    task, length = layout[:, :1], layout[:, 3:]
+    p = input_ids.clamp(min=V) - V
+    is_token = (input_ids >= 0) & (input_ids < V) & (task != BAD)
+    no_prompt = torch.where(is_token, num_tasks * P, num_tasks * P + 1)
+    return torch.where((input_ids >= V) & (p < length), task * P + p, no_prompt).to(torch.int32)
+
+
+def embed_tokens(input_ids: Tensor, embedding: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+    """[B, S, E] from ids and what `embed_rows` says of them."""
+    (num_tasks, P, E), V = prompts.shape, embedding.shape[0]
+    is_token = (rows == num_tasks * P)[..., None]
+    token = F.embedding(input_ids.clamp(0, V - 1), embedding) if V else embedding.new_zeros(*rows.shape, E)
+    out = torch.where(is_token, token, float("nan"))
+    if num_tasks and P:
+        row = rows.clamp(max=num_tasks * P - 1).reshape(-1)
+        prompt = prompts.reshape(num_tasks * P, E).index_select(0, row).reshape(*rows.shape, E)
+        out = torch.where((rows < num_tasks * P)[..., None], prompt.to(embedding.dtype), out)
+    return out
+
+
+def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor:
+    """dprompts [num_tasks, P, E] in fp32: the slots of each prompt row, in the batch's order."""
+    dtype, E = compute_dtype(dout), dout.shape[2]
+    dprompts = torch.zeros(num_tasks * P + 2, E, dtype=dtype, device=dout.device)  # the last two are read by nobody
+    dprompts.index_add_(0, rows.reshape(-1), dout.flatten(0, 1).to(dtype))
+    return dprompts[:-2].clone().view(num_tasks, P, E)

@@ -6,6 +6,7 @@ from peft_ops.nn.multitask_prompts import MultitaskPromptEmbedding
 from peft_ops.nn.prompt_encoders import PromptEncoder, PromptNetwork
 from peft_ops.nn.prompts import PromptEmbedding
 from peft_ops.nn.tasks import TaskBatch, current_tasks, tasks
+from peft_ops.nn.template import Template
 
 __all__ = [
     "IA3GatedMLP",
@@ -15,6 +16,7 @@ __all__ = [
     "PromptEncoder",
     "PromptNetwork",
     "TaskBatch",
+    "Template",
     "check_adapters",
     "current_tasks",
     "tasks",
