@@ -54,6 +54,15 @@ def mma(a, b, acc):
 
 
 @triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of an output tile: GROUP_M row tiles go through the columns together, and share their weights."""
+    group = GROUP_M * tiles_n
+    first_m = (tile // group) * GROUP_M
+    size_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + (tile % group) % size_m, (tile % group) // size_m
+
+
+@triton.jit
 def task_scale(l_ptr, task, offs, mask, num_tasks):
     """Scale of the ids `task` at the offsets `offs` (task * stride + column), fp32: 1 for the base model, NaN if bad.
 

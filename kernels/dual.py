@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from peft_ops.kernels.device import activate, mma
+from peft_ops.kernels.device import activate, grouped_tile, mma
 from peft_ops.kernels.ia3_linear import scale_runs
 
 
@@ -32,11 +32,8 @@ def dual_linear_kernel(
         a_z_desc = tl.make_tensor_descriptor(a_z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
         b_z_desc = tl.make_tensor_descriptor(b_z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = GROUP_M * tiles_n
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
-        first_m = (tile // group) * GROUP_M
-        size_m = min(tiles_m - first_m, GROUP_M)
-        pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+        pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from peft_ops.kernels.device import mma
+from peft_ops.kernels.device import grouped_tile, mma
 from peft_ops.kernels.ia3_linear import scale_runs, small_tile, vector_rows
 
 
@@ -23,10 +23,7 @@ def ia3_kv_linear_kernel(
     """
     tiles_m, k_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K_N, BLOCK_N)
     tiles_n = k_tiles + tl.cdiv(V_N, BLOCK_N)
-    tile, group = tl.program_id(0), GROUP_M * tiles_n
-    first_m = (tile // group) * GROUP_M
-    size_m = min(tiles_m - first_m, GROUP_M)
-    pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     is_k = pid_n < k_tiles
     if is_k:
         w_ptr, l_ptr, y_ptr, N, stride_lt = k_w_ptr, k_l_ptr, k_ptr, K_N, stride_k_lt

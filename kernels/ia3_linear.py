@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from peft_ops.kernels.device import activate, mma, task_scale
+from peft_ops.kernels.device import activate, grouped_tile, mma, task_scale
 
 
 @triton.jit
@@ -64,11 +64,8 @@ def ia3_linear_kernel(
     if SAVE:
         z_desc = tl.make_tensor_descriptor(z_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = GROUP_M * tiles_n
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
-        first_m = (tile // group) * GROUP_M
-        size_m = min(tiles_m - first_m, GROUP_M)
-        pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+        pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
@@ -108,11 +105,8 @@ def ia3_linear_feedforward_kernel(
         w_desc = tl.make_tensor_descriptor(w_ptr, [N, K], [stride_w, 1], [BLOCK_N, BLOCK_K])
     y_desc = tl.make_tensor_descriptor(y_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = GROUP_M * tiles_n
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, NUM_PROGRAMS, warp_specialize=SPECIALIZE):
-        first_m = (tile // group) * GROUP_M
-        size_m = min(tiles_m - first_m, GROUP_M)
-        pid_m, pid_n = first_m + (tile % group) % size_m, (tile % group) // size_m
+        pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP_M)
         m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         task = tl.zeros((), tl.int32)
         if HAS_IDS:
