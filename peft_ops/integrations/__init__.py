@@ -1,0 +1,1 @@
+"""peft_ops inside other libraries' models and files."""
