@@ -51,7 +51,7 @@ def with_prompts(
     left: bool,
     input_ids,
     inputs_embeds,
-    attention_mask,
+    mask,
     labels,
 ) -> PromptBatch:
     table, lengths, ids = prompts

@@ -26,11 +26,35 @@ def _empty(mixin: type, original: type) -> nn.Module:
 
 def swap(module: nn.Module, mixin: type, **attributes) -> None:
     """Put the mixin before the module's class, whose methods it reaches with super()."""
+    forward = module.__dict__.get("forward")  # found before the class's
+    if (
+        forward is not None
+        and "_old_forward" not in module.__dict__
+        and getattr(forward, "__self__", None) is not module
+    ):
+        raise ValueError(
+            f"accelerate: the forward of a {type(module).__name__} has been replaced by {forward}; call accelerate "
+            f"before what replaces it"
+        )
     module.__class__ = _swapped_class(mixin, type(module))
     module.__dict__.update(attributes)
+    _rebind(module)
 
 
 def unswap(module: nn.Module, *attributes: str) -> None:
     module.__class__ = type(module)._swapped_with[1]
     for name in attributes:
         module.__dict__.pop(name, None)
+    _rebind(module)
+
+
+def _rebind(module: nn.Module) -> None:
+    """Methods that an instance holds under the class's names are those of the class that it has now.
+
+    PEFT's disable_adapter() leaves them behind; accelerate's hooks keep the forward that they wrap.
+    """
+    for name in ("forward", "generate", "prepare_inputs_for_generation"):
+        if getattr(module.__dict__.get(name), "__self__", None) is module:
+            del module.__dict__[name]
+    if "_old_forward" in module.__dict__:
+        module._old_forward = module.__class__.forward.__get__(module)
