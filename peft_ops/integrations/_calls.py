@@ -39,13 +39,15 @@ class Call:
 
     Args:
         shared: of the model that is called; another model called meanwhile does not see it.
-        rows: one adapter name per row, None for the base model.
+        rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
+            say what is active.
         exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
         slots: for adapters that a TaskBank serves, the slot of each name.
     """
 
-    def __init__(self, shared: Shared, rows: Sequence[str | None], exact: bool, slots: dict[str, int] | None = None):
+    def __init__(self, shared: Shared, rows=(), exact: bool = True, slots: dict[str, int] | None = None):
         self.shared, self.rows, self.exact, self.slots = shared, tuple(rows), exact, slots or {}
+        self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
@@ -141,13 +143,29 @@ def call_of(shared: Shared) -> Call | None:
     """The call that a layer of this model runs in; None where no adapter names were given."""
     call = _current.get()
     if call is not None and call.shared is shared:
-        return call
+        return call if call.rows else None
     if shared.last_mixed and _graph_task() != -1:
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"
         )
     return None
+
+
+def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What the layer does with inputs like x until the call ends, prepared when it saw the first; None where it has to
+    look again each time. In decoding, the looking costs more than the step."""
+    call = _current.get()
+    if call is None or call.shared is not layer._peft_ops or torch.is_grad_enabled():
+        return None
+    key, kept = (x.shape, x.dtype, x.device), call.steps.get(layer)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    step = layer.prepare(x)
+    call.steps[layer] = key, step
+    return step
 
 
 @contextmanager
