@@ -37,7 +37,7 @@ LAYERS = {
     "peft_ops/integrations": (
         {"integrations", "nn", "ops", "reference", "_backend"},
         {"torch"},
-        {"peft", "transformers"},
+        {"peft", "safetensors", "transformers"},
     ),
 }
 OUTSIDE = ("peft_ops/demo", "bench", "tests")  # these import the package, never the other way round

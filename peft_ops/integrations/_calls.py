@@ -1,16 +1,16 @@
 """One call of an accelerated model: which adapter each row of its batch belongs to, and where its layers read it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
-
-BASE = "__base__"  # PEFT's name for rows of the base model
 
 
 class Shared:
@@ -42,11 +42,17 @@ class Call:
         rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
             say what is active.
         exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
-        slots: for adapters that a TaskBank serves, the slot of each name.
+        held: where a TaskBank has the adapters that it serves.
     """
 
-    def __init__(self, shared: Shared, rows=(), exact: bool = True, slots: dict[str, int] | None = None):
-        self.shared, self.rows, self.exact, self.slots = shared, tuple(rows), exact, slots or {}
+    def __init__(
+        self,
+        shared: Shared,
+        rows: Sequence[str | None] = (),
+        exact: bool = True,
+        held: Mapping[str, Held] = MappingProxyType({}),
+    ):
+        self.shared, self.rows, self.exact, self.held = shared, tuple(rows), exact, held
         self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
         self._batches: dict[tuple, TaskBatch] = {}
@@ -64,12 +70,12 @@ class Call:
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
-        known = bool(self.names) and self.slots.keys() >= set(self.names)
+        known = bool(self.names) and self.held.keys() >= set(self.names)
         return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
 
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
         if (device, of_bank) not in self._batches:
-            index = self.slots if of_bank else {name: i for i, name in enumerate(self.names)}
+            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
             tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
             self._batches[device, of_bank] = TaskBatch(tasks, ids)
@@ -95,7 +101,7 @@ class Call:
 
     def _of_bank(self, key: str | None, name: str) -> Tensor | None:
         bank = self.shared.bank
-        return bank.table(key)[self.slots[name]] if name in self.slots and key in bank.widths else None
+        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""

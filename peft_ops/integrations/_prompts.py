@@ -27,22 +27,26 @@ def prompt_of(model: nn.Module, name: str) -> Tensor | None:
     return encoder(tokens)[0, :P]
 
 
-def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Prompts [names, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
-    device = model.get_base_model().get_input_embeddings().weight.device
-    found = {}
-    for name in call.names:
-        prompt = prompt_of(model, name)
-        if prompt is None and name in call.slots:
-            prompt = call.shared.bank.prompt(name)
-        if prompt is not None:
-            found[name] = prompt.to(device)
-    if not found:
-        return None
-    index = {name: i for i, name in enumerate(found)}
-    ids = torch.tensor([index.get(name, -1) for name in call.rows], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in found.values()], device=device)
-    return nn.utils.rnn.pad_sequence(list(found.values()), batch_first=True), lengths, ids
+def has_prompts(model: nn.Module, call: Call) -> bool:
+    """Whether any name of the batch has a prompt, in the model or in its bank."""
+    learned = any(name in model.peft_config and model.peft_config[name].is_prompt_learning for name in call.names)
+    return learned or any(held.num_virtual_tokens for held in call.held.values())
+
+
+def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts [tasks, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
+    device, bank = model.get_base_model().get_input_embeddings().weight.device, call.shared.bank
+    slots = {name: held.slot for name, held in call.held.items() if held.num_virtual_tokens}
+    learned = {name: prompt for name in call.names if (prompt := prompt_of(model, name)) is not None}
+    if not learned:  # the bank's own tables
+        table, lengths, index = bank.prompts, bank.prompt_lengths, slots
+    else:
+        prompts = list(learned.values())
+        prompts += [bank.prompts[slot, : call.held[name].num_virtual_tokens] for name, slot in slots.items()]
+        table = nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        index = {name: i for i, name in enumerate([*learned, *slots])}
+    return table, lengths, torch.tensor([index.get(name, -1) for name in call.rows], device=device)
 
 
 def with_prompts(
@@ -82,16 +86,13 @@ def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
     return torch.where(token_map >= 0, values.gather(1, token_map.clamp(min=0)), fill)
 
 
-def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict | None:
-    """The base model's arguments with the prompts in them; None where no row of the batch has one.
+def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The base model's arguments with the prompts in them.
 
     Spare slots of shorter prompts stand at the front for a decoder, so that token s of every row is at P + s, and at
     the back for an encoder, whose first slot is what a classifier reads.
     """
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base = model.get_base_model()
+    prompts, base = prompts_of(model, call), model.get_base_model()
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     for name in ("start_positions", "end_positions", "past_key_values"):
         if name in kwargs:
@@ -123,12 +124,9 @@ def is_decoder(base: nn.Module) -> bool:
     return causal or getattr(base.config, "is_decoder", False)
 
 
-def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict | None:
+def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
     """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base, kwargs = model.get_base_model(), dict(kwargs)
+    prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
     if args:
         kwargs["input_ids"], *rest = args
         if rest:
