@@ -98,6 +98,7 @@ class TestSlots:
         bank = bank_of(2, "abc")
         served(bank, ["a"]), served(bank, ["b"])
         assert served(bank, ["c", "a"]) == [4, 2]  # a is the oldest, and in this batch
+        assert bank.stats.evictions == 1 and bank.stats.hits == 1
 
     def test_tasks_in_use_keep_their_slots(self):
         bank = bank_of(3, "abcdef")
@@ -570,6 +571,19 @@ def bank(**kwargs):
     return TaskBank(2, {"layers.0.k": 3}, **kwargs)
 
 
+def bank_with_prompts():
+    return bank(num_virtual_tokens=2, token_dim=4)
+
+
+@fast
+def test_large_numbers_are_finite():
+    """Their sum is not, in fp32, and it is asked first."""
+    value, large = torch.tensor([3e38, 3e38, 3e38]), bank()
+    large.put("x", {"layers.0.k": value})
+    with large.use(["x"]) as ids:
+        assert torch.equal(row(large, ids[0], "layers.0.k"), value)
+
+
 @fast
 @pytest.mark.parametrize(
     "call, error, text",
@@ -609,9 +623,14 @@ def bank(**kwargs):
             ValueError,
             "must be finite in float16, got 70000.0 at 2",
         ),
+        (
+            lambda: bank_with_prompts().put("x", {}, torch.full((1, 4), -float("inf"))),
+            ValueError,
+            "prompt .* got -inf at 0",
+        ),
         (lambda: bank().put("x", {}, torch.ones(1, 4)), ValueError, r"shape \[p, 0\] with p from 1 to 0, got \[1, 4\]"),
         (
-            lambda: bank(num_virtual_tokens=2, token_dim=4).put("x", {}, torch.ones(3, 4)),
+            lambda: bank_with_prompts().put("x", {}, torch.ones(3, 4)),
             ValueError,
             r"the prompt of 'x' must have shape \[p, 4\] with p from 1 to 2, got \[3, 4\]",
         ),

@@ -194,7 +194,7 @@ def scales_input(op: str, config: Mapping, module: str, shape: tuple[int, ...]) 
     if isinstance(targets, str):
         targeted = targets == "all-linear" or bool(re.fullmatch(targets, module))
     else:
-        targeted = targets is None or any(f".{module}".endswith(f".{target}") for target in targets)
+        targeted = targets is None or f".{module}".endswith(tuple(f".{target}" for target in targets))
     if not targeted:
         raise ValueError(f"{op}: target_modules must match every vector's module, got {targets} for {module!r}")
     if len(shape) != 2 or 1 not in shape:
@@ -205,7 +205,7 @@ def scales_input(op: str, config: Mapping, module: str, shape: tuple[int, ...]) 
     if inputs is None or shape == (1, 1):
         return by_shape
     # no dot before it: PEFT asks for the end of the name alone
-    named = bool(re.fullmatch(inputs, module)) if isinstance(inputs, str) else any(map(module.endswith, inputs))
+    named = bool(re.fullmatch(inputs, module)) if isinstance(inputs, str) else module.endswith(tuple(inputs))
     if named != by_shape:
         side = "input" if named else "output"
         raise ValueError(

@@ -51,7 +51,7 @@ class SlotTables:
         self._stream = None
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            torch.cuda.current_stream(self.device).synchronize()  # once: whichever streams read these fills later
 
     @property
     def nbytes(self) -> int:
@@ -62,6 +62,8 @@ class SlotTables:
         length = 0 if task.prompt is None else len(task.prompt)
         with self._writing(slot):
             self._rows[slot].copy_(task.row, non_blocking=True)
+            if not self.prompts.numel():
+                return
             if length:
                 self._prompts[slot, :length].copy_(task.prompt, non_blocking=True)
             self._prompts[slot, length:].zero_()  # nothing stays of the task before
