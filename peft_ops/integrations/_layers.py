@@ -193,7 +193,7 @@ class MixedHead(Swapped):
 
 
 class BankLinear(Swapped):
-    """An nn.Linear that PEFT left alone and a TaskBank has vectors for."""
+    """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
     def forward(self, x: Tensor) -> Tensor:
         call = call_of(self._peft_ops)
@@ -201,8 +201,7 @@ class BankLinear(Swapped):
             return super().forward(x)
         if call.is_flat(x, self):
             return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        feedforward = self._peft_ops_feedforward
-        table, ids = call.select(self, {}, self.in_features if feedforward else self.out_features, x)
-        if feedforward:
+        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+        if self._peft_ops_feedforward:
             return super().forward(ia3_scale(x, table, ids))
         return ia3_scale(super().forward(x), table, ids)

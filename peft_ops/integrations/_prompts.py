@@ -70,15 +70,26 @@ def with_prompts(
     )  # fmt: skip
 
 
-def positions_of(base: nn.Module, batch: PromptBatch) -> Tensor | None:
-    """position_ids as the model's forward takes them: RoBERTa and its kin count from padding_idx + 1."""
+def positions_of(base: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids that count real tokens, if the model's forward takes any: RoBERTa and its kin count from
+    padding_idx + 1; T5's are relative, and Bloom's come from the mask."""
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        return None  # T5's are relative, Bloom's come from the mask
+        return {}
+    real = mask != 0
+    positions = torch.where(real, real.cumsum(1) - 1, 0)
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            pad = module.padding_idx
-            return torch.where(batch.attention_mask != 0, batch.position_ids + pad + 1, pad)
-    return batch.position_ids
+            return {"position_ids": torch.where(real, positions + module.padding_idx + 1, module.padding_idx)}
+    return {"position_ids": positions}
+
+
+def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
+    mask, bank = kwargs.get("attention_mask"), call.shared.bank
+    some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
+    if not some or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return kwargs
+    return kwargs | positions_of(model.get_base_model(), mask)
 
 
 def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
@@ -111,8 +122,7 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
         kwargs["labels"] = batch.labels
     if "token_type_ids" in kwargs:
         kwargs["token_type_ids"] = follow(kwargs["token_type_ids"], batch.token_map, 0)
-    positions = positions_of(base, batch)
-    return kwargs if positions is None else kwargs | {"position_ids": positions}
+    return kwargs | positions_of(base, batch.attention_mask)
 
 
 def is_decoder(base: nn.Module) -> bool:

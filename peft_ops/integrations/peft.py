@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _layers
 from peft_ops.integrations._calls import Call, Shared, calling, current_call
-from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts
+from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE
 
@@ -222,7 +222,7 @@ def _swap_layers(model: nn.Module) -> None:
         mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
         if mixin is not None:
             swap(module, mixin, _peft_ops=shared, _peft_ops_key=name)
-        elif shared.bank is not None and name in shared.bank.widths and type(module) is nn.Linear:
+        elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
             feedforward = _scales_input(module, name, shared.bank)
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
     if shared.bank is not None:
@@ -236,8 +236,17 @@ def _swap_layers(model: nn.Module) -> None:
             _swap_fused(module, shared)
 
 
-def _scales_input(module: nn.Linear, name: str, bank) -> bool:
-    width, sizes = bank.widths[name], (module.in_features, module.out_features)
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
+    if isinstance(module, (nn.Linear, _layers.MixedLinear)):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return module.nx, module.nf
+    return None
+
+
+def _scales_input(module: nn.Module, name: str, bank) -> bool:
+    width, sizes = bank.widths[name], _features(module)
     if bank.feedforward is not None:
         return name in bank.feedforward
     if width not in sizes or sizes[0] == sizes[1]:
@@ -260,7 +269,7 @@ def _check_bank(base: nn.Module, bank) -> None:
         else:
             got = "no such module" if layer is None else f"a {type(layer).__name__}"
             raise ValueError(f"accelerate: bank must hold linear layers of the model, got {name!r}, {got}")
-        layer_width = layer.in_features if is_input else layer.out_features
+        layer_width = _features(layer)[0 if is_input else 1]
         if width != layer_width or (bank.feedforward is not None and is_input != (name in bank.feedforward)):
             raise ValueError(
                 f"accelerate: bank must hold {layer_width} features for the {'input' if is_input else 'output'} of "
@@ -334,6 +343,7 @@ class MixedModel(Swapped):
             if has_prompts(self, call):
                 named = inspect.signature(base.forward).bind_partial(*args).arguments
                 return base(**forward_inputs(self, call, named | kwargs))
+            kwargs = without_prompts(self, call, kwargs)
             if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
                 return base(*args, **kwargs)
             return super().forward(*args, **kwargs)
