@@ -53,7 +53,11 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     if isinstance(model, Swapped):
         restore(model)
     swap(model, MixedModel, _peft_ops=Shared(level, bank))
-    _swap_layers(model)
+    try:
+        _swap_layers(model)
+    except ValueError:
+        restore(model)
+        raise
     return model
 
 
