@@ -85,7 +85,10 @@ class Call:
         # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
         # first, and must not find that table when it runs again with them
         keep = not torch.is_grad_enabled()
-        if keep and layer in self._tables:
+        if not keep:  # an optimizer may write before the next call
+            self._tables.clear()
+            self.steps.clear()
+        if layer in self._tables:
             return self._tables[layer]
         rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
         dtypes = {row.dtype for row in rows if row is not None}
