@@ -5,7 +5,7 @@ import torch
 
 from peft_ops import accelerate, restore
 from peft_ops.integrations import _layers
-from peft_ops.integrations._calls import Call, calling
+from peft_ops.integrations._calls import Call
 from peft_ops.integrations.folder_bank import bank_from_folder
 from peft_ops.nn import TaskBank
 from tests import tiny
@@ -95,17 +95,20 @@ def test_tasks_come_and_go_and_are_held_while_in_use(served):
 
 @torch.no_grad()
 def test_a_batch_of_the_bank_alone_copies_no_vector(served):
-    root, _, models = served
+    root, oracles, models = served
     bank = bank_from_folder(root, slots=4)
     model = accelerate(models["vectors"], bank=bank)
+    bank.prefetch(["green", "red"])  # so that slots are not the order of the batch
+    names, batch = ["red", tiny.BASE, "green"], tiny.batch_for(model, 3)
     layer = next(m for m in model.modules() if isinstance(m, _layers.MixedLinear))
-    with bank.hold(["red", "green"]) as held, calling(Call(model._peft_ops, ["red", None, "green"], True, held)) as _:
-        x = torch.zeros(3, 2, layer._features)
-        table, ids = Call(model._peft_ops, ["red", None, "green"], True, held).select(
-            layer, layer.ia3_l, layer._features, x
-        )
+    with bank.hold(["red", "green"]) as held:
+        call = Call(model._peft_ops, ["red", None, "green"], True, held)
+        table, ids = call.select(layer, layer.ia3_l, layer._features, torch.zeros(3, 2, layer._features))
     assert table.data_ptr() == bank.table(layer._peft_ops_key).data_ptr()
-    assert ids.tolist() == [held["red"].slot, -1, held["green"].slot]
+    assert ids.tolist() == [held["red"].slot, -1, held["green"].slot] == [1, -1, 0]
+    got = model(**batch, adapter_names=names).logits
+    want = oracles["red"](**batch, adapter_names=names).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_name_that_nobody_knows(served):
