@@ -99,7 +99,7 @@ def test_a_batch_of_the_bank_alone_copies_no_vector(served):
     bank = bank_from_folder(root, slots=4)
     model = accelerate(models["vectors"], bank=bank)
     bank.prefetch(["green", "red"])  # so that slots are not the order of the batch
-    names, batch = ["red", tiny.BASE, "green"], tiny.batch_for(model, 3)
+    names, batch = ["red", tiny.BASE, "green"], tiny.batch_for(model, 3, "right")
     layer = next(m for m in model.modules() if isinstance(m, _layers.MixedLinear))
     with bank.hold(["red", "green"]) as held:
         call = Call(model._peft_ops, ["red", None, "green"], True, held)
