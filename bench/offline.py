@@ -32,7 +32,16 @@ from triton.runtime.jit import create_function_from_signature
 
 from peft_ops._backend import LazyKernels
 from peft_ops.kernels import tiles
-from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, prompt_embed, task_plan
+from peft_ops.ops import (
+    ia3_glu,
+    ia3_kv_linear,
+    ia3_linear,
+    ia3_scale,
+    prompt_concat,
+    prompt_concat_packed,
+    prompt_embed,
+    task_plan,
+)
 
 ARCHITECTURES = (80, 90, 100)  # the fourth kind of table, 99 KB of shared memory, is sm_86's, sm_89's and sm_120's
 # the older forms run on newer chips too, at a fraction; sm_120 has none of its own for 16 bit
@@ -335,6 +344,30 @@ def _embed_backward(E, dtype):
     return record
 
 
+def _packed(E, dtype, prompt_dtype, table, which):
+    def record(capability):
+        tokens = _ids(4096) if table else _meta(4096, E, dtype=dtype)
+        embedding = _meta(32000, E, dtype=dtype) if table else None
+        with recorded(prompt_concat_packed) as launches:
+            prompt_concat_packed.launch_packed(
+                tokens, _ids(9, torch.int32), embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4),
+                _ids(4096), 4256, False,
+            )  # fmt: skip
+        return launches[which]
+
+    return record
+
+
+def _packed_backward(E, dtype):
+    def record(capability):
+        with recorded(prompt_concat_packed) as launches:
+            layout, cu_seqlens = _meta(9, 4, dtype=torch.int32), _ids(9, torch.int32)
+            prompt_concat_packed.launch_packed_backward(_meta(4256, E, dtype=dtype), layout, cu_seqlens, 4, 20)
+        return launches[0]
+
+    return record
+
+
 def cases() -> list[Case]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     names = {bf16: "bf16", fp16: "fp16", fp32: "fp32"}
@@ -347,6 +380,8 @@ def cases() -> list[Case]:
         )
         found.append(Case(f"prompt_concat {d}", _concat(4096, dtype, fp32, True, 1), wide=True))
         found.append(Case(f"prompt_concat_backward {d}", _concat_backward(4096, dtype)))
+        found.append(Case(f"prompt_concat_packed {d}", _packed(4096, dtype, fp32, True, 1), wide=True))
+        found.append(Case(f"prompt_concat_packed_backward {d}", _packed_backward(4096, dtype)))
         found.append(Case(f"prompt_embed {d}", _embed(4096, dtype, fp32), wide=True))
         found.append(Case(f"prompt_embed_backward {d}", _embed_backward(4096, dtype)))
     found.append(Case("ia3_scale bf16 one task", _scale(4096, 4096, bf16, bf16, False, None), wide=True))
@@ -360,6 +395,10 @@ def cases() -> list[Case]:
     found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=3)))
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
+    found.append(Case("packed_layout", _packed(4096, bf16, fp32, True, 0)))
+    for E in (1024, 1536):
+        name = f"prompt_concat_packed inputs_embeds {E}"
+        found.append(Case(name, _packed(E, bf16, bf16, False, 1), wide=True))
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
         found.append(Case(f"ia3_scale bf16 {activation}", _scale(4096, 4096, bf16, fp32, True, activation), wide=True))
         backward = _scale_backward(4096, 4096, bf16, True, activation, True, True)

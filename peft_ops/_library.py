@@ -34,6 +34,11 @@ SCHEMAS = {
     "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths)"
     " -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
+    "prompt_concat_packed": "(Tensor tokens, Tensor cu_seqlens, Tensor? embedding, Tensor prompts, Tensor? task_ids,"
+    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, bool after_bos)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, SymInt num_tasks, SymInt P)"
+    " -> Tensor",
 }
 # csrc/ implements these. x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {

@@ -447,3 +447,170 @@ def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor
     dprompts = torch.zeros(num_tasks * P + 2, E, dtype=dtype, device=dout.device)  # the last two are read by nobody
     dprompts.index_add_(0, rows.reshape(-1), dout.flatten(0, 1).to(dtype))
     return dprompts[:-2].clone().view(num_tasks, P, E)
+
+
+class PackedPromptBatch(NamedTuple):
+    """What `prompt_concat_packed` returns; a base sequence has no prompt.
+
+    Attributes:
+        inputs_embeds: [num_rows, E], in the dtype of the embedding; 0 in the tail, which no sequence covers.
+        cu_seqlens: int32 [B + 1], where each sequence starts and the last one ends, as variable-length attention
+            takes them.
+        max_seqlen: no sequence is longer than this.
+        position_ids: int64 [num_rows], counting from 0 in each sequence; 0 in the tail.
+        labels: [num_rows], -100 on prompts and in the tail; None if no labels were given.
+        token_map: int64 [num_rows], the index in `input_ids` that a row came from; -1 for prompts and the tail.
+    """
+
+    inputs_embeds: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    position_ids: Tensor
+    labels: Tensor | None
+    token_map: Tensor
+
+
+def prompt_concat_packed(
+    input_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    embedding: Tensor | None,
+    prompts: Tensor,
+    task_ids: Tensor | None = None,
+    *,
+    max_seqlen: int,
+    prompt_lengths: Tensor | None = None,
+    num_rows: int | None = None,
+    labels: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    after_bos: bool = False,
+) -> PackedPromptBatch:
+    prompts = prompts[None] if prompts.dim() == 2 else prompts
+    tokens = inputs_embeds if input_ids is None else input_ids
+    (num_tasks, P, _), total = prompts.shape, tokens.shape[0]
+    num_rows = total + (cu_seqlens.shape[0] - 1) * P if num_rows is None else num_rows
+    layout, cu_seqlens = packed_layout(cu_seqlens, task_ids, prompt_lengths, (total, num_tasks, P, num_rows), after_bos)
+    rows = packed_rows(layout, cu_seqlens, num_rows)
+    out = packed_embeddings(tokens, None if input_ids is None else embedding, prompts, rows)
+    positions, labels, token_map = packed_metadata(labels, rows)
+    return PackedPromptBatch(out, cu_seqlens, max_seqlen + P, positions, labels, token_map)
+
+
+def packed_layout(
+    cu_seqlens: Tensor,
+    task_ids: Tensor | None,
+    prompt_lengths: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    after_bos: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where things stand: int32 [B + 1, 4] (checked id, first token, tokens before the prompt, prompt length), whose
+    last row is the tail's, and the new cu_seqlens. sizes: total, num_tasks, P, num_rows.
+
+    Offsets that do not ascend from 0 to at most total make every id bad: whose rows are whose, nobody knows.
+    """
+    total, num_tasks, P, num_rows = sizes
+    B, cu = cu_seqlens.shape[0] - 1, cu_seqlens.long()
+    wrong = (cu[0] != 0) | (cu[1:] < cu[:-1]).any() | (cu[-1] > total)
+    start, end = cu[:-1].clamp(0, total), cu[1:].clamp(0, total)
+    count = (end - start).clamp(min=0)
+    ids, _, _, length = prompt_layout(task_ids, prompt_lengths, None, (B, 0, num_tasks, P), False, cu.device).unbind(1)
+    ids, length = torch.where(wrong, BAD, ids), torch.where(wrong, 0, length)
+    before = count.clamp(max=int(after_bos))
+    layout = F.pad(torch.stack([ids, start, before, length], 1), (0, 0, 0, 1))
+    layout[B, 0] = torch.where(wrong, BAD, BASE)
+    ends = (count + length).cumsum(0).clamp(max=num_rows)
+    return layout.to(torch.int32), F.pad(ends, (1, 0)).to(torch.int32)
+
+
+class PackedRows(NamedTuple):
+    """Per row of a packed batch: what stands there, and where. Each [num_rows].
+
+    Attributes:
+        position: its place in its sequence, 0 in the tail.
+        task: its sequence's checked id.
+        is_prompt, prompt_row: whether it holds a row of the prompt, and which.
+        source: the token that it holds, -1 for none.
+    """
+
+    position: Tensor
+    task: Tensor
+    is_prompt: Tensor
+    prompt_row: Tensor
+    source: Tensor
+
+
+def packed_rows(layout: Tensor, cu_seqlens: Tensor, num_rows: int) -> PackedRows:
+    row = torch.arange(num_rows, device=layout.device, dtype=torch.int32)
+    b = torch.searchsorted(cu_seqlens, row, right=True) - 1  # the last that starts there: those before it are empty
+    task, start, before, length = layout.long().index_select(0, b).unbind(1)
+    slot = row - cu_seqlens.index_select(0, b)
+    p = slot - before
+    is_prompt = (p >= 0) & (p < length)
+    covered = b < cu_seqlens.shape[0] - 1
+    source = torch.where(covered & ~is_prompt, start + slot - torch.where(p < 0, 0, length), -1)
+    return PackedRows(torch.where(covered, slot, 0).long(), task, is_prompt, p, source)
+
+
+def packed_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, rows: PackedRows) -> Tensor:
+    """[num_rows, E] from ids [total] and a table, or from embeddings [total, E]."""
+    num_tasks, P, E = prompts.shape
+    bad = rows.task == BAD
+    is_token = (rows.source >= 0) & ~bad
+    taken = _take_or(tokens, rows.source, 0)
+    if embedding is not None:
+        V = embedding.shape[0]
+        known = (taken >= 0) & (taken < V)
+        bad, is_token = bad | (is_token & ~known), is_token & known
+        taken = F.embedding(taken.clamp(0, V - 1), embedding) if V else embedding.new_zeros(taken.shape[0], E)
+    out = torch.where(is_token[:, None], taken, torch.where(bad, float("nan"), 0.0).to(taken.dtype)[:, None])
+    if num_tasks and P:
+        row = rows.task.clamp(min=0) * P + rows.prompt_row.clamp(0, P - 1)
+        prompt = prompts.reshape(num_tasks * P, E).index_select(0, row)
+        out = torch.where(rows.is_prompt[:, None], prompt.to(out.dtype), out)
+    return out
+
+
+def packed_metadata(labels: Tensor | None, rows: PackedRows) -> tuple[Tensor, Tensor | None, Tensor]:
+    """position_ids, labels and token_map of a PackedPromptBatch."""
+    return rows.position, None if labels is None else _take_or(labels, rows.source, -100), rows.source
+
+
+def packed_backward(dout: Tensor, layout: Tensor, cu_seqlens: Tensor, num_tasks: int, P: int) -> Tensor:
+    """dprompts [num_tasks, P, E] in fp32: each task's sequences of the batch in order."""
+    ids, _, before, length = layout[:-1].long().unbind(1)
+    p = torch.arange(P, device=dout.device)
+    row = (cu_seqlens[:-1] + before)[:, None] + p
+    has = (p < length[:, None]) & (row < cu_seqlens[1:, None])
+    # what is no prompt, or was dropped, adds to a last slot that nobody reads
+    slot = torch.where(has, ids[:, None] * P + p, num_tasks * P)
+    dtype, E = compute_dtype(dout), dout.shape[1]
+    rows = _take_or(dout, torch.where(has, row, -1).reshape(-1), 0).to(dtype)
+    dprompts = torch.zeros(num_tasks * P + 1, E, dtype=dtype, device=dout.device)
+    return dprompts.index_add_(0, slot.reshape(-1), rows)[:-1].clone().view(num_tasks, P, E)
+
+
+def packed_tokens(input_ids: Tensor, layout: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """The token id of each row, [num_rows]; -1 where there is none, or the sequence is bad."""
+    rows = packed_rows(layout, cu_seqlens, num_rows)
+    return _take_or(input_ids, torch.where(rows.task == BAD, -1, rows.source), -1)
+
+
+def take_packed_tokens(dout: Tensor, layout: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """The gradient of the token embeddings, [total, E]: the rows of dout that hold them, 0 where none does."""
+    B = cu_seqlens.shape[0] - 1
+    if B == 0:
+        return dout.new_zeros(total, dout.shape[1])
+    token = torch.arange(total, device=dout.device, dtype=torch.int32)
+    b = torch.searchsorted(layout[:-1, 1].contiguous(), token, right=True).clamp(min=1) - 1
+    task, start, before, length = layout.long().index_select(0, b).unbind(1)
+    slot = token - start
+    row = cu_seqlens[b] + slot + torch.where(slot < before, 0, length)
+    # a bad sequence is NaN: its gradient must not reach what others share
+    return _take_or(dout, torch.where((task != BAD) & (row < cu_seqlens[b + 1]), row, -1), 0)
+
+
+def _take_or(values: Tensor, source: Tensor, other: int) -> Tensor:
+    """values[source[i]], or `other` where source is -1. values: [n] or [n, E]."""
+    if values.shape[0] == 0:
+        return values.new_full((source.shape[0], *values.shape[1:]), other)
+    taken = values.index_select(0, source.clamp(min=0))
+    return torch.where(source.view(-1, *[1] * (values.dim() - 1)) >= 0, taken, other)
