@@ -30,6 +30,7 @@ IDS = {
     "strided": torch.tensor([[2, 9], [-1, 9], [0, 9]])[:, 0],
 }
 INF, NAN = float("inf"), float("nan")
+PLAIN = (1.0, None, None, None, None)  # no scale, types or positions
 SPECIAL = [INF, -INF, NAN, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 65504.0, -65504.0, 3e38, 1.0, -2.5]
 
 
@@ -386,10 +387,10 @@ def test_prompt_concat_is_bitwise_the_reference(E, left, p_dtype, dtype):
     ids[2, 1], ids[4, 3] = V, -1
     for tokens in (ids, ids.int()):
         args = tokens, table, prompts, layout
-        assert_bits(native.prompt_concat(*args), reference.concat_embeddings(*args))
+        assert_bits(native.prompt_concat(*args, *PLAIN), reference.concat_embeddings(*args))
     embedded = randn(B, S, E, dtype=dtype)
     want = reference.concat_embeddings(embedded, None, prompts, layout)
-    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout, *PLAIN), want)
 
 
 @pytest.mark.parametrize("offset", range(8))
@@ -399,10 +400,10 @@ def test_prompt_concat_misaligned_and_strided(offset, dtype):
     table = randn(V * 40 + 8, dtype=dtype)[offset:].as_strided((V, E), (40, 1))
     prompts = randn(TASKS * P * 50 + 8, dtype=BF16)[offset:].as_strided((TASKS, P, E), (50, TASKS * 50, 1))
     want = reference.concat_embeddings(ids, table, prompts, layout)
-    assert_bits(native.prompt_concat(ids, table, prompts, layout), want)
+    assert_bits(native.prompt_concat(ids, table, prompts, layout, *PLAIN), want)
     embedded = randn(S, B, 37, dtype=dtype)[..., 2 : 2 + E].transpose(0, 1)
     want = reference.concat_embeddings(embedded, None, prompts, layout)
-    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout, *PLAIN), want)
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -429,7 +430,7 @@ def test_two_threads_give_the_bits_of_one(dtype):
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, "gelu_tanh", True, True)
-        y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout)
+        y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout, *PLAIN)
         h = native.ia3_glu(x, x, ia3_l, ids, "gelu")
         results.append((y, dz, dl, out, h, *native.ia3_glu_backward(x, x, x, ia3_l, ids, "silu", True, True)))
     for other in results[1:]:
@@ -455,7 +456,7 @@ def test_zero_sizes(dtype):
         want = torch.full((B, P + S, E), 2.0 if V else float("nan"), dtype=dtype)
         if B:
             want[0, :P], want[1:, S:] = 1, 0
-        assert_bits(native.prompt_concat(tokens, table, torch.ones(1, P, E), layout), want)
+        assert_bits(native.prompt_concat(tokens, table, torch.ones(1, P, E), layout, *PLAIN), want)
         dout = torch.ones(B, P + S, E, dtype=dtype)
         assert_bits(native.prompt_concat_backward(dout, layout, 1, P), torch.ones(1, P, E) * (B > 0))
 
@@ -487,14 +488,14 @@ BAD_CALLS = [
     ("ia3_glu", (X, X, TABLE, None, "tanh"), "activation must be None, relu, gelu, gelu_tanh or silu, got tanh"),
     ("ia3_glu_backward", (X[:3], X, X, TABLE, None, None, True, True), r"dh must have gate's shape \[4, 8\], got"),
     ("ia3_glu_backward", (X, X, X.half(), TABLE, None, None, True, True), "up must have gate's dtype, got Half"),
-    ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT), r"tokens must be \[B, S\] where there is an"),
-    ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT), "tokens must be float32, float16 or bfloat16, got Long"),
-    ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT), r"embedding must be 2-D, got shape \[8\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[0], LAYOUT), r"prompts must be 3-D, got shape \[2, 8\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[..., :4], LAYOUT), "prompts must have 8 columns as the"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long()), "layout must be int32, got Long"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1]), r"layout must be \[2, 4\], got \[1, 4\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1), "layout must stay inside 1 tasks, 3 tokens and 2"),
+    ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT, *PLAIN), r"tokens must be \[B, S\] where there is an"),
+    ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT, *PLAIN), "tokens must be float32, float16 or bfloat16, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT, *PLAIN), r"embedding must be 2-D, got shape \[8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[0], LAYOUT, *PLAIN), r"prompts must be 3-D, got shape \[2, 8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[..., :4], LAYOUT, *PLAIN), "prompts must have 8 columns as the"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long(), *PLAIN), "layout must be int32, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1], *PLAIN), r"layout must be \[2, 4\], got \[1, 4\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1, *PLAIN), "layout must stay inside 1 tasks, 3"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 1, 6), r"P must lie in \[0, 5\], got 6"),
     ("prompt_concat_backward", (DOUT, LAYOUT, -1, 2), "num_tasks must not be negative, got -1"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 0, 2), "layout must stay inside 0 tasks"),

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.kernels
 NAN, INF = float("nan"), float("inf")
 SIDES = ["right", "left"]
 V = 11
+NOTHING_ADDED = (0, 1.0)  # position_offset and embed_scale of the raw operator
 
 
 def make(B=5, S=6, P=4, E=8, dtype=torch.float32, num_tasks=3, prompts_dtype=None, ids_dtype=torch.int64):
@@ -926,7 +927,10 @@ def test_opcheck(embeds, with_mask, with_ids, grad):
     tokens[0 if embeds else 1].requires_grad_(grad)
     task_ids, lengths = (tensor([0, 2, -1, 1]), tensor([3, 0, 2])) if with_ids else (None, None)
     metadata = (torch.randint(2, (4, 5), device=DEVICE).to(torch.bfloat16), ids.int()) if with_mask else (None, None)
-    args = (*tokens, prompts, task_ids, lengths, *metadata, with_ids)
+    tables = [torch.randn(n, 8, device=DEVICE, requires_grad=grad) if with_mask else None for n in (9, 2)]
+    types = torch.randint(2, (4, 5), device=DEVICE) if with_mask and with_ids else None
+    scalars = (1, 2.5) if with_mask else NOTHING_ADDED
+    args = (*tokens, prompts, *tables, task_ids, lengths, *metadata, types, *scalars, with_ids, with_mask)
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat, args)
     layout = torch.ops.peft_ops.prompt_concat(*args)[5]
     dout = torch.randn(4, 8, 8, device=DEVICE)
@@ -937,7 +941,7 @@ def test_operator_differentiates_when_called_raw():
     ids, embedding, prompts = make()
     e, p = embedding.requires_grad_(), prompts.requires_grad_()
     task_ids, dout = tensor([0, 1, 2, -1, 1]), torch.randn(5, 10, 8, device=DEVICE)
-    out = torch.ops.peft_ops.prompt_concat(ids, e, p, task_ids, None, None, None, False)
+    out = torch.ops.peft_ops.prompt_concat(ids, e, p, None, None, task_ids, *[None] * 4, *NOTHING_ADDED, False, False)
     want = torch.autograd.grad(prompt_concat(ids, e, p, task_ids).inputs_embeds, (e, p), dout)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out[0], (e, p), dout), want, strict=True))
     assert [t.requires_grad for t in out] == [True] + [False] * 5
@@ -946,10 +950,11 @@ def test_operator_differentiates_when_called_raw():
 @pytest.mark.parametrize("sizes", [(2, 3, 0), (2, 0, 3), (0, 3, 2), (2, 0, 0)], ids=lambda s: "B{}-S{}-P{}".format(*s))
 def test_opcheck_of_nothing(sizes):
     B, S, P = sizes
-    args = *make(B, S, P), torch.zeros(B, dtype=torch.int64, device=DEVICE), None, None, None, True
+    task_ids = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    args = *make(B, S, P), None, None, task_ids, *[None] * 4, *NOTHING_ADDED, True, True
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat, args)
     layout = torch.ops.peft_ops.prompt_concat(*args)[5]
-    assert torch.equal(layout, reference.prompt_layout(args[3], None, None, (B, S, 3, P), True, layout.device))
+    assert torch.equal(layout, reference.prompt_layout(task_ids, None, None, (B, S, 3, P), True, layout.device, True))
 
 
 def test_raw_operator_is_never_wrong_on_strided_tensors():
@@ -957,12 +962,14 @@ def test_raw_operator_is_never_wrong_on_strided_tensors():
     op, backward = torch.ops.peft_ops.prompt_concat, torch.ops.peft_ops.prompt_concat_backward
     strided, (ids, embedding, prompts) = STRIDED["columns first"], make(4, 5)
     task_ids, lengths = tensor([0, 2, -1, 1]), tensor([3, 0, 2])
-    args = [ids, embedding, prompts, task_ids, lengths, torch.randint(2, (4, 5), device=DEVICE), ids]
-    want, dout = op(*args, True), torch.randn(4, 9, 8, device=DEVICE)
-    for i in (0, 1, 2, 5, 6):
+    tables = torch.randn(9, 8, device=DEVICE), torch.randn(V, 8, device=DEVICE)
+    mask = torch.randint(2, (4, 5), device=DEVICE)
+    args = [ids, embedding, prompts, *tables, task_ids, lengths, mask, ids, ids]
+    want, dout = op(*args, *NOTHING_ADDED, True, False), torch.randn(4, 9, 8, device=DEVICE)
+    for i in (0, 1, 2, 3, 4, 7, 8, 9):
         changed = [strided(t) if i == j else t for j, t in enumerate(args)]
         try:
-            got = op(*changed, True)
+            got = op(*changed, *NOTHING_ADDED, True, False)
         except RuntimeError as e:
             assert "must be contiguous" in str(e) or "must be 1-D or contiguous" in str(e)
             continue
@@ -1178,7 +1185,9 @@ def test_fake_cuda_tensors():
             mask_dtype = torch.int64 if mask is None else torch.bool
             assert [t.dtype for t in got] == [torch.bfloat16, mask_dtype, torch.int64, torch.int32, torch.int64]
             assert got.inputs_embeds.shape == (4, 9, 8)
-        layout = torch.ops.peft_ops.prompt_concat(ids, embedding, prompts, task_ids, None, None, None, False)[5]
+        layout = torch.ops.peft_ops.prompt_concat(
+            ids, embedding, prompts, None, None, task_ids, *[None] * 4, *NOTHING_ADDED, False, False
+        )[5]
         assert layout.shape == (4, 4) and layout.dtype == torch.int32
         dprompts = torch.ops.peft_ops.prompt_concat_backward(got.inputs_embeds, layout, 2, 6)
         assert dprompts.shape == (2, 6, 8) and dprompts.dtype == torch.float32 and dprompts.device.type == "cuda"
