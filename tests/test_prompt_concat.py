@@ -45,17 +45,19 @@ def tensor(values, dtype=torch.int64):
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def slots_of(S, P, task, length, attended, left):
+def slots_of(S, P, task, length, attended, left, after_bos):
     """What stands in each slot of one row: ("prompt", i), ("token", s), or None for a spare slot."""
     p = length if task >= 0 else 0
     real = [s for s in range(S) if attended[s]]
-    first = real[0] if real else (S if left else 0)
+    first = real[0] + after_bos if real else (S if left else 0)
     text = [("token", s) for s in range(S)]
     row = text[:first] + [("prompt", i) for i in range(p)] + text[first:]
     return [None] * (P - p) + row if left else row + [None] * (P - p)
 
 
-def layout_of(shape, prompts, task_ids=None, prompt_lengths=None, attention_mask=None, padding_side="right"):
+def layout_of(
+    shape, prompts, task_ids=None, prompt_lengths=None, attention_mask=None, padding_side="right", after_bos=False
+):
     """For each sequence its task (-1 base, -2 bad) and its slots."""
     (B, S), (num_tasks, P) = shape, prompts.shape[:2]
     rows = []
@@ -64,7 +66,7 @@ def layout_of(shape, prompts, task_ids=None, prompt_lengths=None, attention_mask
         task = task if -1 <= task < num_tasks else -2
         length = P if prompt_lengths is None or task < 0 else min(max(int(prompt_lengths[task]), 0), P)
         attended = [True] * S if attention_mask is None else (attention_mask[b] != 0).tolist()
-        rows.append((task, slots_of(S, P, task, length, attended, padding_side == "left")))
+        rows.append((task, slots_of(S, P, task, length, attended, padding_side == "left", after_bos)))
     return rows
 
 
@@ -147,12 +149,13 @@ IDS, LENGTHS = [0, 2, 1, -1, 2, 0], [4, 0, 2]
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("after_bos", [False, True], ids=["first", "after_bos"])
 @pytest.mark.parametrize("with_mask", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
-def test_every_slot(side, with_mask, with_lengths):
+def test_every_slot(side, after_bos, with_mask, with_lengths):
     for roll in range(6):  # every kind of mask meets every task
         args = make(6, 7, dtype=DTYPES[roll % 3])
-        kwargs = dict(labels=torch.randint(V, (6, 7), device=DEVICE), padding_side=side)
+        kwargs = dict(labels=torch.randint(V, (6, 7), device=DEVICE), padding_side=side, after_bos=after_bos)
         kwargs |= dict(prompt_lengths=tensor(LENGTHS)) if with_lengths else {}
         kwargs |= dict(attention_mask=masks(7)) if with_mask else {}
         check(*args, tensor(IDS).roll(roll), **kwargs)
@@ -178,6 +181,28 @@ def test_as_documented():
     assert left.token_map.tolist() == [[-1, -1, -1, 1, 2], [-1, -1, -1, -1, 2]] and left.labels is None
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_after_bos_as_documented(side):
+    """Token 1 is the BOS: pads stay outside, a row without tokens is as it is without after_bos."""
+    embedding, prompts = torch.arange(10.0, device=DEVICE)[:, None], tensor([[[-1], [-2]]], torch.float32)
+    ids, want, positions = {
+        "right": ([[1, 5, 6], [1, 7, 0], [1, 0, 0], [0, 0, 0]],
+                  [[1, -1, -2, 5, 6], [1, -1, -2, 7, 0], [1, -1, -2, 0, 0], [-1, -2, 0, 0, 0]],
+                  [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]]),
+        "left": ([[1, 5, 6], [0, 1, 7], [0, 0, 1], [0, 0, 0]],
+                 [[1, -1, -2, 5, 6], [0, 1, -1, -2, 7], [0, 0, 1, -1, -2], [0, 0, 0, -1, -2]],
+                 [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1]]),
+    }[side]  # fmt: skip
+    ids = tensor(ids)
+    got = prompt_concat(
+        ids, embedding, prompts, attention_mask=(ids > 0).long(), labels=ids, padding_side=side, after_bos=True
+    )
+    assert got.inputs_embeds[..., 0].tolist() == want and got.position_ids.tolist() == positions
+    assert torch.equal(got.labels, torch.where(got.inputs_embeds[..., 0] > 0, got.inputs_embeds[..., 0].long(), -100))
+    whole = prompt_concat(ids[:1], embedding, prompts, padding_side=side, after_bos=True)
+    assert torch.equal(whole.inputs_embeds, got.inputs_embeds[:1])
+
+
 SIZES = [(1, 6, 4), (3, 0, 4), (3, 1, 4), (3, 6, 0), (3, 6, 1), (3, 0, 0), (1, 1, 1), (1, 1, 0), (1, 0, 1)]
 
 
@@ -190,7 +215,7 @@ def test_sizes(sizes, side):
     for attention_mask in (None, mask, torch.zeros_like(mask)):
         args = dict(attention_mask=attention_mask, labels=ids, padding_side=side)
         check(ids, embedding, prompts, tensor([2, -1, 0])[:B], prompt_lengths=tensor([P, 0, P // 2]), **args)
-        check(ids, embedding, prompts[:1], **args)
+        check(ids, embedding, prompts[:1], after_bos=True, **args)
         check(ids, embedding, prompts[1], prompt_lengths=tensor([P // 2]), **args)
 
 
@@ -371,7 +396,7 @@ def test_gradients(sizes, prompts_dtype, dtype):
     ids_dtype = torch.int32 if dtype == torch.float16 else torch.int64
     ids, embedding, prompts = make(B, S, P, E, dtype, prompts_dtype=prompts_dtype, ids_dtype=ids_dtype)
     mask, task_ids = (masks(S) if S > 1 else tensor([[1], [0], [1], [0], [0], [1]])), tensor([0, 0, 2, 1, -1, 2])
-    kwargs = dict(prompt_lengths=tensor([P, 0, P // 2]), attention_mask=mask, padding_side=side)
+    kwargs = dict(prompt_lengths=tensor([P, 0, P // 2]), attention_mask=mask, padding_side=side, after_bos=S == 1)
     dout = torch.randn(B, P + S, E, device=DEVICE).to(dtype)
     by_loop = gradients_by_loop(dout, (B, S), embedding, prompts, task_ids, ids, **kwargs)
     dprompts_loop, dtable_64, dtokens_loop = by_loop
@@ -422,7 +447,7 @@ def test_gradcheck_in_fp64(side):
         task_ids = ids_like("uniform", B, num_tasks)
         kwargs = dict(
             prompt_lengths=torch.randint(P + 1, (num_tasks,), device=DEVICE),
-            attention_mask=torch.randint(2, (B, S), device=DEVICE), padding_side=side,
+            attention_mask=torch.randint(2, (B, S), device=DEVICE), padding_side=side, after_bos=B == 4,
         )  # fmt: skip
 
         def with_table(e, p, ids=ids, t=task_ids, kwargs=kwargs):
@@ -810,9 +835,9 @@ def test_zero_sizes(sizes, backend, dtype):
     st.tuples(st.integers(1, 6), st.integers(0, 12), st.integers(0, 6), st.integers(1, 40), st.integers(1, 4)),
     st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     st.sampled_from([None, torch.bool, torch.int64, torch.float16]),
-    st.sampled_from(SIDES), st.booleans(), st.booleans(), st.integers(0, 2**31),
+    st.sampled_from(SIDES), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**31),
 )  # fmt: skip
-def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, embeds, with_lengths, seed):
+def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, after_bos, embeds, with_lengths, seed):
     torch.manual_seed(seed)
     (B, S, P, E, num_tasks), (dtype, prompts_dtype) = sizes, dtypes
     ids, embedding, prompts = make(B, S, P, E, dtype, num_tasks, prompts_dtype)
@@ -821,7 +846,7 @@ def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, embeds, with
         *tokens, prompts, ids_like("uniform", B, num_tasks), inputs_embeds=embedding[ids] if embeds else None,
         prompt_lengths=torch.randint(P + 1, (num_tasks,), device=DEVICE) if with_lengths else None,
         attention_mask=None if mask_dtype is None else (torch.rand(B, S, device=DEVICE) < 0.6).to(mask_dtype),
-        labels=ids if with_lengths else None, padding_side=side,
+        labels=ids if with_lengths else None, padding_side=side, after_bos=after_bos,
     )  # fmt: skip
 
 
