@@ -5,6 +5,7 @@ on any device. An id outside `[-1, num_tasks)` gives a NaN row here, as it does 
 on a CPU.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -278,6 +279,7 @@ def prompt_layout(
     sizes: tuple[int, int, int, int],
     left: bool,
     device: torch.device,
+    after_bos: bool = False,
 ) -> Tensor:
     """Where things stand in each row, int32 [B, 4]: checked id, spare slots in front, tokens before the prompt, length.
 
@@ -293,10 +295,11 @@ def prompt_layout(
     length = torch.where(ids >= 0, length, 0)
     front = P - length if left else torch.zeros_like(length)
     if attention_mask is None or S == 0:
-        before = torch.zeros_like(length)
+        before = torch.full_like(length, int(after_bos and S > 0))
     else:
         real = attention_mask != 0
-        before = torch.where(real.any(1), real.to(torch.uint8).argmax(1), S if left else 0)
+        first = real.to(torch.uint8).argmax(1) + int(after_bos)
+        before = torch.where(real.any(1), first, S if left else 0)
     return torch.stack([ids, front, before, length], 1).to(torch.int32)
 
 
@@ -311,14 +314,26 @@ def prompt_concat(
     labels: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     padding_side: str = "right",
+    after_bos: bool = False,
+    embed_scale: float = 1.0,
+    position_embedding: Tensor | None = None,
+    position_offset: int = 0,
+    token_type_embedding: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    max_position_embeddings: int | None = None,  # a check of the public operator
 ) -> PromptBatch:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     tokens = inputs_embeds if input_ids is None else input_ids
     (num_tasks, P, _), (B, S) = prompts.shape, tokens.shape[:2]
     sizes, left = (B, S, num_tasks, P), padding_side == "left"
-    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, prompts.device)
-    out = concat_embeddings(tokens, None if input_ids is None else embedding, prompts, layout)
-    return PromptBatch(out, *concat_metadata(layout, attention_mask, labels, S, P))
+    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, prompts.device, after_bos)
+    mask, positions, labels, token_map = concat_metadata(layout, attention_mask, labels, S, P)
+    types = None if token_type_ids is None else slot_types(token_type_ids, token_map)
+    bad = (layout[:, :1] == BAD).expand_as(token_map)
+    added = added_embeddings(bad, positions, position_embedding, position_offset, types, token_type_embedding)
+    table = None if input_ids is None else embedding
+    out = concat_embeddings(tokens, table, prompts, layout, embed_scale, added)
+    return PromptBatch(out, mask, positions, labels, token_map)
 
 
 def _slots(layout: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,22 +345,99 @@ def _slots(layout: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return is_prompt, slot - before, ~is_prompt & (source >= 0) & (source < S), source
 
 
-def concat_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, layout: Tensor) -> Tensor:
+class Added(NamedTuple):
+    """What every slot has added: table[ids], ids int64 [B, slots]; both None for nothing."""
+
+    ids: Tensor | None = None
+    table: Tensor | None = None
+
+
+def added_embeddings(
+    bad: Tensor,
+    position_ids: Tensor | None,
+    position_embedding: Tensor | None,
+    position_offset: int,
+    token_type_ids: Tensor | None,
+    token_type_embedding: Tensor | None,
+) -> tuple[Added, Added]:
+    """Types, then positions, the order in which BERT adds them. bad: [B, slots], what is NaN whatever is added."""
+    types = positions = Added()
+    if token_type_embedding is not None:
+        types = Added(type_rows(bad, token_type_ids), token_type_embedding)
+    if position_embedding is not None:
+        positions = Added(position_rows(bad, position_ids, position_offset), position_embedding)
+    return types, positions
+
+
+def type_rows(bad: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    """Rows of the type table, int64 [B, slots]; -1 where the slot is bad: the table gets no gradient from it."""
+    ids = torch.zeros_like(bad, dtype=torch.int64) if token_type_ids is None else token_type_ids.long()
+    return torch.where(bad, -1, ids)
+
+
+def position_rows(bad: Tensor, position_ids: Tensor | None, position_offset: int) -> Tensor:
+    """Rows of the position table, likewise; without ids they count."""
+    ids = torch.arange(bad.shape[1], device=bad.device) if position_ids is None else position_ids.long()
+    return torch.where(bad, -1, ids + position_offset)
+
+
+def add_embeddings(out: Tensor, added: Sequence[Added]) -> Tensor:
+    for ids, table in added:
+        if table is not None:
+            out = out + lookup(ids, table).to(out.dtype)
+    return out
+
+
+def sum_dtype(dtype: torch.dtype, prompts: Tensor, added: Sequence[Added]) -> torch.dtype:
+    """What embeddings of `dtype` are added in: one rounding, at the end. Where nothing is added, they are copied."""
+    tables = [table for _, table in added if table is not None]
+    return torch.promote_types(dtype, compute_dtype(prompts, *tables)) if tables else dtype
+
+
+def lookup(ids: Tensor, table: Tensor) -> Tensor:
+    """table[ids], NaN for an id outside the table."""
+    n = table.shape[0]
+    rows = F.embedding(ids.clamp(0, n - 1), table) if n else table.new_zeros(*ids.shape, table.shape[1])
+    return torch.where(((ids >= 0) & (ids < n))[..., None], rows, float("nan"))
+
+
+def rounded_scale(embed_scale: float, dtype: torch.dtype) -> Tensor:
+    """What transformers' Gemma multiplies embeddings of `dtype` by: a buffer in fp32, cast where it is used."""
+    return torch.tensor(embed_scale, dtype=torch.float32).to(dtype)
+
+
+def scaled(embeddings: Tensor, embed_scale: float, dtype: torch.dtype) -> Tensor:
+    return embeddings if embed_scale == 1.0 else embeddings * rounded_scale(embed_scale, dtype)
+
+
+def slot_types(token_type_ids: Tensor, token_map: Tensor) -> Tensor:
+    """The type of each slot: its token's; 0, which PEFT gives prompts, where there is no token."""
+    return _take(token_type_ids, token_map, token_map >= 0)
+
+
+def concat_embeddings(
+    tokens: Tensor,
+    embedding: Tensor | None,
+    prompts: Tensor,
+    layout: Tensor,
+    embed_scale: float = 1.0,
+    added: Sequence[Added] = (),
+) -> Tensor:
     """[B, P + S, E] from ids [B, S] and a table, or from embeddings [B, S, E]."""
     num_tasks, P, E = prompts.shape
     B, S = tokens.shape[:2]
     is_prompt, prompt_row, is_token, source = _slots(layout, S, P)
+    out_dtype = tokens.dtype if embedding is None else embedding.dtype
+    dtype = sum_dtype(out_dtype, prompts, added)
     if embedding is not None:
-        V = embedding.shape[0]
-        known = (tokens >= 0) & (tokens < V)
-        rows = F.embedding(tokens.clamp(0, V - 1), embedding) if V else embedding.new_zeros(B, S, E)
-        tokens = torch.where(known[..., None], rows, float("nan"))
-    out = _take(tokens, source, is_token)
+        tokens = scaled(lookup(tokens, embedding).to(dtype), embed_scale, out_dtype)
+    out = _take(tokens.to(dtype), source, is_token)
     task = layout[:, :1].long()
     if num_tasks and P:
         row = task.clamp(min=0) * P + prompt_row.clamp(0, P - 1)
         prompt = prompts.reshape(num_tasks * P, E).index_select(0, row.reshape(-1)).reshape(B, P + S, E)
-        out = torch.where(is_prompt[..., None], prompt.to(tokens.dtype), out)
+        out = torch.where(is_prompt[..., None], prompt.to(dtype), out)
+    out = add_embeddings(out, added).to(out_dtype)
     return torch.where((task == BAD)[..., None], float("nan"), out)
 
 
@@ -408,10 +500,20 @@ def prompt_embed(
     task_ids: Tensor | None = None,
     *,
     prompt_lengths: Tensor | None = None,
+    embed_scale: float = 1.0,
+    position_embedding: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_offset: int = 0,
+    token_type_embedding: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
 ) -> Tensor:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     rows = embed_rows(input_ids, embedding.shape[0], task_ids, prompt_lengths, *prompts.shape[:2])
-    return embed_tokens(input_ids, embedding, prompts, rows)
+    bad = rows > prompts.shape[0] * prompts.shape[1]
+    added = added_embeddings(
+        bad, position_ids, position_embedding, position_offset, token_type_ids, token_type_embedding
+    )
+    return embed_tokens(input_ids, embedding, prompts, rows, embed_scale, added)
 
 
 def embed_rows(
@@ -428,17 +530,24 @@ def embed_rows(
     return torch.where((input_ids >= V) & (p < length), task * P + p, no_prompt).to(torch.int32)
 
 
-def embed_tokens(input_ids: Tensor, embedding: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+def embed_tokens(
+    input_ids: Tensor,
+    embedding: Tensor,
+    prompts: Tensor,
+    rows: Tensor,
+    embed_scale: float = 1.0,
+    added: Sequence[Added] = (),
+) -> Tensor:
     """[B, S, E] from ids and what `embed_rows` says of them."""
-    (num_tasks, P, E), V = prompts.shape, embedding.shape[0]
-    is_token = (rows == num_tasks * P)[..., None]
-    token = F.embedding(input_ids.clamp(0, V - 1), embedding) if V else embedding.new_zeros(*rows.shape, E)
-    out = torch.where(is_token, token, float("nan"))
+    num_tasks, P, E = prompts.shape
+    dtype = sum_dtype(embedding.dtype, prompts, added)
+    out = lookup(torch.where(rows == num_tasks * P, input_ids, -1), embedding)
+    out = scaled(out.to(dtype), embed_scale, embedding.dtype)
     if num_tasks and P:
         row = rows.clamp(max=num_tasks * P - 1).reshape(-1)
         prompt = prompts.reshape(num_tasks * P, E).index_select(0, row).reshape(*rows.shape, E)
-        out = torch.where((rows < num_tasks * P)[..., None], prompt.to(embedding.dtype), out)
-    return out
+        out = torch.where((rows < num_tasks * P)[..., None], prompt.to(dtype), out)
+    return add_embeddings(out, added).to(embedding.dtype)
 
 
 def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor:
@@ -447,6 +556,12 @@ def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor
     dprompts = torch.zeros(num_tasks * P + 2, E, dtype=dtype, device=dout.device)  # the last two are read by nobody
     dprompts.index_add_(0, rows.reshape(-1), dout.flatten(0, 1).to(dtype))
     return dprompts[:-2].clone().view(num_tasks, P, E)
+
+
+def embedding_backward(dout: Tensor, ids: Tensor, n: int) -> Tensor:
+    """Sum of dout per id, [n, E], in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx."""
+    ids = torch.where((ids >= 0) & (ids < n), ids, -1).long()
+    return torch.ops.aten.embedding_dense_backward(dout, ids, n, -1, False)
 
 
 class PackedPromptBatch(NamedTuple):

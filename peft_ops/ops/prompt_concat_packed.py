@@ -5,9 +5,8 @@ from torch import Tensor
 
 from peft_ops import reference
 from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
-from peft_ops._checks import FLOATS, IDS, check_ids_in_range, check_tensor, shape
-from peft_ops._library import Operator, use_reference
-from peft_ops.ops.prompt_concat import _check_prompts, _embedding_backward
+from peft_ops._checks import IDS, check_ids_in_range, check_prompts, check_tensor, check_tokens, shape
+from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import PackedPromptBatch
 
 kernels, tiles = LazyKernels("prompt_concat_packed"), LazyKernels("tiles")
@@ -102,7 +101,8 @@ def _prompt_concat_packed(
         if embedding is not None:  # what no sequence covers may be anything
             check_ids_in_range(op, tokens[: int(cu_seqlens[-1])], embedding.shape[0], "input_ids", low=0)
     source = tokens if embedding is None else embedding
-    if use_triton(op, prompts if prompts.dtype == torch.float64 else source):  # fp64 anywhere runs on plain PyTorch
+    widest = prompts if prompts.dtype == torch.float64 else source  # fp64 anywhere runs on plain PyTorch
+    if use_triton(op, widest):
         batch = launch_packed(
             tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos
         )
@@ -115,7 +115,13 @@ def _prompt_concat_packed(
     if batch is not None:
         return batch
     rows = reference.packed_rows(layout, out_cu, num_rows)
-    out = reference.packed_embeddings(tokens, embedding, prompts, rows)
+    if use_native(op, widest):
+        embedding = None if embedding is None else embedding.contiguous()
+        out = native.prompt_concat_packed(
+            tokens.contiguous(), embedding, prompts.contiguous(), layout, out_cu, num_rows
+        )
+    else:
+        out = reference.packed_embeddings(tokens, embedding, prompts, rows)
     positions, labels, token_map = reference.packed_metadata(labels, rows)
     labels = tokens.new_empty(0, dtype=torch.int64) if labels is None else labels
     return out, out_cu, positions, labels, token_map, layout
@@ -142,6 +148,9 @@ def _prompt_concat_packed_fake(
 def _prompt_concat_packed_backward(dout, layout, cu_seqlens, num_tasks, P):
     if use_triton("prompt_concat_packed", dout):
         return launch_packed_backward(dout, layout, cu_seqlens, num_tasks, P)
+    if use_native("prompt_concat_packed_backward", dout):
+        dout, layout, cu_seqlens = dout.contiguous(), layout.contiguous(), cu_seqlens.contiguous()
+        return native.prompt_concat_packed_backward(dout[None], layout, cu_seqlens, num_tasks, P)
     return reference.packed_backward(dout, layout, cu_seqlens, num_tasks, P)
 
 
@@ -174,7 +183,7 @@ def _backward(ctx, dout, *_):
         dtokens = reference.take_packed_tokens(dout, layout, cu_seqlens, ctx.total)
     if ctx.needs_input_grad[2]:
         ids = reference.packed_tokens(tokens, layout, cu_seqlens, dout.shape[0])
-        dembedding = _embedding_backward(dout, ids, ctx.vocabulary)
+        dembedding = reference.embedding_backward(dout, ids, ctx.vocabulary)
     return dtokens, None, dembedding, dprompts, None, None, None, None, None, None
 
 
@@ -232,8 +241,8 @@ def prompt_concat_packed(
             tensors (PEFT_OPS_DEBUG=1 raises there too).
     """
     op = "prompt_concat_packed"
-    prompts, task_ids = _check_prompts(op, prompts, task_ids, prompt_lengths)
-    tokens, embedding = _check_tokens(op, input_ids, embedding, inputs_embeds, prompts)
+    prompts = check_prompts(op, prompts, task_ids, prompt_lengths)
+    tokens, embedding = check_tokens(op, input_ids, embedding, inputs_embeds, prompts, packed=True)
     check_tensor(op, "cu_seqlens", cu_seqlens, dtypes=IDS, dim=1, like=prompts)
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have B + 1 entries for B sequences, got none")
@@ -265,16 +274,3 @@ def prompt_concat_packed(
     )
     out_labels = None if labels is None else out_labels
     return PackedPromptBatch(out, cu_seqlens, max_seqlen + prompts.shape[1], positions, out_labels, token_map)
-
-
-def _check_tokens(op: str, input_ids, embedding, inputs_embeds, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
-    if (input_ids is None) == (inputs_embeds is None):
-        got = "both" if input_ids is not None else "neither"
-        raise ValueError(f"{op}: input_ids must be given, or inputs_embeds, but one of them, got {got}")
-    if inputs_embeds is None:
-        check_tensor(op, "input_ids", input_ids, dtypes=IDS, dim=1, like=prompts)
-    arg, table = ("embedding", embedding) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    check_tensor(op, arg, table, dtypes=FLOATS, dim=2, like=prompts)
-    if table.shape[1] != prompts.shape[2]:
-        raise ValueError(f"{op}: {arg} must have {prompts.shape[2]} features, as prompts have, got {shape(table)}")
-    return (input_ids, embedding) if inputs_embeds is None else (inputs_embeds, None)
