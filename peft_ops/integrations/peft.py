@@ -146,35 +146,41 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
 def _checked_peft():
     """The peft package, if its (IA)^3 layer computes what ours does; tried on a layer of 4 x 3."""
     import peft
-    from peft.tuners import ia3
 
     global _probed
-    if _probed:
-        return peft
-    problem = None
-    try:
-        for is_feedforward in (False, True):
-            layer = ia3.Linear(nn.Linear(4, 3), "a", ia3.IA3Config(), is_feedforward=is_feedforward).requires_grad_(
-                False
+    if not _probed:
+        try:
+            problem = _probe()
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            raise RuntimeError(
+                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ({OLDEST} and "
+                f"later): {problem}. Update peft_ops, or use another release of peft"
             )
+        _probed = True
+    return peft
+
+
+@torch.no_grad()
+def _probe() -> str | None:
+    from peft.tuners import ia3
+
+    with torch.device("cpu"):
+        for is_feedforward in (False, True):
+            base = nn.Linear(4, 3, dtype=torch.float32)
+            layer = ia3.Linear(base, "a", config=ia3.IA3Config(), is_feedforward=is_feedforward)
             layer.update_layer("b", config=ia3.IA3Config())
-            for i, name in enumerate("ab"):
-                layer.ia3_l[name].copy_(torch.linspace(-1, 2 + i, layer.ia3_l[name].numel()).view_as(layer.ia3_l[name]))
+            for name, end in (("a", 2.0), ("b", 3.0)):
+                vector = layer.ia3_l[name]
+                vector.copy_(torch.linspace(-1, end, vector.numel()).view_as(vector))
             layer.set_adapter(["a", "b"])
             x = torch.linspace(-1, 1, 8).view(2, 4)
             want = layer(x)
             swap(layer, _layers.MixedLinear, _peft_ops=Shared("module"), _peft_ops_key="probe")
             if not torch.equal(layer(x), want):
-                problem = "its layers multiply otherwise"
-    except (AttributeError, TypeError, KeyError) as error:
-        problem = str(error)
-    if problem is not None:
-        raise RuntimeError(
-            f"accelerate: peft {peft.__version__} is not one of the releases this was written for ({OLDEST} and "
-            f"later): {problem}. Update peft_ops, or use another release of peft"
-        )
-    _probed = True
-    return peft
+                return "its layers compute something else"
+    return None
 
 
 _probed = False
