@@ -1,6 +1,7 @@
 """Fused (IA)^3 and P-Tuning operators: one frozen model, many tasks, each row of a batch with its own."""
 
 from peft_ops._backend import get_backend, set_backend
+from peft_ops.integrations.peft import accelerate, report, restore, using_adapters
 from peft_ops.ops.ia3_glu import ia3_glu, ia3_glu_linear
 from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PromptBatch",
     "TaskPlan",
+    "accelerate",
     "get_backend",
     "ia3_fold",
     "ia3_glu",
@@ -25,5 +27,8 @@ __all__ = [
     "plan_tasks",
     "prompt_concat",
     "prompt_embed",
+    "report",
+    "restore",
     "set_backend",
+    "using_adapters",
 ]

@@ -34,7 +34,11 @@ LAYERS = {
         {"triton"},
     ),
     "peft_ops/nn": ({"nn", "ops", "reference", "_checks", "_library"}, {"torch"}, set()),
-    "peft_ops/integrations": ({"integrations", "nn", "ops"}, {"torch"}, {"peft", "transformers"}),
+    "peft_ops/integrations": (
+        {"integrations", "nn", "ops", "reference", "_backend"},
+        {"torch"},
+        {"peft", "safetensors", "transformers"},
+    ),
 }
 OUTSIDE = ("peft_ops/demo", "bench", "tests")  # these import the package, never the other way round
 

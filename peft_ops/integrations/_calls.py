@@ -1,16 +1,16 @@
 """One call of an accelerated model: which adapter each row of its batch belongs to, and where its layers read it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
-
-BASE = "__base__"  # PEFT's name for rows of the base model
 
 
 class Shared:
@@ -39,13 +39,21 @@ class Call:
 
     Args:
         shared: of the model that is called; another model called meanwhile does not see it.
-        rows: one adapter name per row, None for the base model.
+        rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
+            say what is active.
         exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
-        slots: for adapters that a TaskBank serves, the slot of each name.
+        held: where a TaskBank has the adapters that it serves.
     """
 
-    def __init__(self, shared: Shared, rows: Sequence[str | None], exact: bool, slots: dict[str, int] | None = None):
-        self.shared, self.rows, self.exact, self.slots = shared, tuple(rows), exact, slots or {}
+    def __init__(
+        self,
+        shared: Shared,
+        rows: Sequence[str | None] = (),
+        exact: bool = True,
+        held: Mapping[str, Held] = MappingProxyType({}),
+    ):
+        self.shared, self.rows, self.exact, self.held = shared, tuple(rows), exact, held
+        self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
@@ -62,12 +70,12 @@ class Call:
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
-        known = bool(self.names) and self.slots.keys() >= set(self.names)
+        known = bool(self.names) and self.held.keys() >= set(self.names)
         return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
 
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
         if (device, of_bank) not in self._batches:
-            index = self.slots if of_bank else {name: i for i, name in enumerate(self.names)}
+            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
             tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
             self._batches[device, of_bank] = TaskBatch(tasks, ids)
@@ -77,7 +85,10 @@ class Call:
         # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
         # first, and must not find that table when it runs again with them
         keep = not torch.is_grad_enabled()
-        if keep and layer in self._tables:
+        if not keep:  # an optimizer may write before the next call
+            self._tables.clear()
+            self.steps.clear()
+        if layer in self._tables:
             return self._tables[layer]
         rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
         dtypes = {row.dtype for row in rows if row is not None}
@@ -93,7 +104,7 @@ class Call:
 
     def _of_bank(self, key: str | None, name: str) -> Tensor | None:
         bank = self.shared.bank
-        return bank.table(key)[self.slots[name]] if name in self.slots and key in bank.widths else None
+        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
@@ -141,13 +152,29 @@ def call_of(shared: Shared) -> Call | None:
     """The call that a layer of this model runs in; None where no adapter names were given."""
     call = _current.get()
     if call is not None and call.shared is shared:
-        return call
+        return call if call.rows else None
     if shared.last_mixed and _graph_task() != -1:
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"
         )
     return None
+
+
+def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What the layer does with inputs like x until the call ends, prepared when it saw the first; None where it has to
+    look again each time. In decoding, the looking costs more than the step."""
+    call = _current.get()
+    if call is None or call.shared is not layer._peft_ops or torch.is_grad_enabled():
+        return None
+    key, kept = (x.shape, x.dtype, x.device), call.steps.get(layer)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    step = layer.prepare(x)
+    call.steps[layer] = key, step
+    return step
 
 
 @contextmanager

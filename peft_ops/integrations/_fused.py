@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -10,18 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops._backend import use_triton
-from peft_ops.integrations._calls import call_of
+from peft_ops.integrations._calls import call_of, step_of
 from peft_ops.integrations._layers import MixedLinear, why_not_exact
 from peft_ops.integrations._swap import Swapped
 from peft_ops.nn.adapters import writes
-from peft_ops.ops.ia3_glu import ia3_glu_linear
+from peft_ops.ops.ia3_glu import glu_known, ia3_glu_linear
 from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_scale import scale_known
 
 # transformers' and torch's activation modules that an operator has
 ACTIVATIONS = {
-    "SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu", "GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+    "SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu", "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
 }  # fmt: skip
 
 
@@ -148,17 +150,11 @@ def why_not_fused(parts: Parts) -> str | None:
 
 def hidden(parts: Parts, x: Tensor) -> Tensor | None:
     """act(gate(x)) * up(x) * l[t] in one operator; None where it has to be done in steps."""
-    down = parts.down
-    if why_not_fused(parts) is not None or down.needs_peft(x):
-        return None
-    weight, bias = weight_of(parts.up)
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        return None
-    selected = down.selection(x)
+    selected = _selection(parts, x)
     if selected is None:
         return None
-    table, ids = selected
-    act = activation_of(parts.act)
+    (table, ids), act = selected, activation_of(parts.act)
+    weight, bias = weight_of(parts.up)
     if parts.packed:
         gate_weight, weight = weight.chunk(2)
         gate_bias, bias = (None, None) if bias is None else bias.chunk(2)
@@ -167,6 +163,27 @@ def hidden(parts: Parts, x: Tensor) -> Tensor | None:
     else:
         return ia3_linear(x, weight, bias, ia3_l=table, task_ids=ids, activation=act)
     return ia3_glu_linear(x, gate_weight, weight, gate_bias, bias, ia3_l=table, task_ids=ids, activation=act)
+
+
+def prepare_hidden(parts: Parts, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The same for a CPU and the rest of a call: the layers as they are, and one pass over what they make."""
+    selected = None if x.is_cuda else _selection(parts, x)
+    if selected is None:
+        return None
+    (table, ids), act, gate, up = selected, activation_of(parts.act), parts.gate, parts.up
+    if parts.packed:
+        return lambda x: glu_known(*up(x).chunk(2, dim=-1), table, ids, act)
+    if gate is not None:
+        return lambda x: glu_known(gate(x), up(x), table, ids, act)
+    return lambda x: scale_known(up(x), table, ids, act)
+
+
+def _selection(parts: Parts, x: Tensor) -> tuple | None:
+    if why_not_fused(parts) is not None or parts.down.needs_peft(x):
+        return None
+    if x.dtype != weight_of(parts.up)[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    return parts.down.selection(x)
 
 
 class MixedMLP(Swapped):
@@ -178,14 +195,28 @@ class MixedMLP(Swapped):
         return Parts(getattr(self, form.up), getattr(self, form.act), getattr(self, form.down), gate, form.packed)
 
     def forward(self, x: Tensor) -> Tensor:
+        step = step_of(self, x)
+        return self.unprepared(x) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         parts, form = self.peft_ops_parts(), self._peft_ops_form
-        h = hidden(parts, x)
-        if h is None:
-            return super().forward(x)
+        before = prepare_hidden(parts, x)
+        if before is None or form.dropout is not None or form.out_dropout is not None:
+            return self.unprepared if before is None else lambda x: self.after(parts, before(x))
+        down = parts.down.base_layer
+        return lambda x: down(before(x))
+
+    def after(self, parts: Parts, h: Tensor) -> Tensor:
+        form = self._peft_ops_form
         if form.dropout is not None:  # T5's, which also keeps its last layer in fp32
             h = getattr(self, form.dropout)(h).to(parts.down.base_layer.weight.dtype)
         y = parts.down.base_layer(h)
         return y if form.out_dropout is None else getattr(self, form.out_dropout)(y)
+
+    def unprepared(self, x: Tensor) -> Tensor:
+        parts = self.peft_ops_parts()
+        h = hidden(parts, x)
+        return super().forward(x) if h is None else self.after(parts, h)
 
 
 class MixedChunk(Swapped):
@@ -195,12 +226,25 @@ class MixedChunk(Swapped):
         return Parts(self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense)
 
     def feed_forward_chunk(self, x: Tensor) -> Tensor:
-        parts, output = self.peft_ops_parts(), self.output
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (self.intermediate, output))
-        h = None if hooked else hidden(parts, x)
-        if h is None:
-            return super().feed_forward_chunk(x)
+        step = step_of(self, x)
+        return self.unprepared(x) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        parts = self.peft_ops_parts()
+        before = None if self._hooked() else prepare_hidden(parts, x)
+        return self.unprepared if before is None else lambda x: self.after(parts, before(x), x)
+
+    def after(self, parts: Parts, h: Tensor, x: Tensor) -> Tensor:
+        output = self.output
         return output.LayerNorm(output.dropout(parts.down.base_layer(h)) + x)
+
+    def unprepared(self, x: Tensor) -> Tensor:
+        parts = self.peft_ops_parts()
+        h = None if self._hooked() else hidden(parts, x)
+        return super().feed_forward_chunk(x) if h is None else self.after(parts, h, x)
+
+    def _hooked(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in (self.intermediate, self.output))
 
 
 def is_chunk(module: nn.Module) -> bool:
@@ -224,9 +268,9 @@ class PairFirst(MixedLinear):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         second = self._peft_ops_second[0]
-        call = call_of(self._peft_ops)
-        if args or kwargs or second._peft_ops_alone or not use_triton("ia3_kv_linear", x) or why_not_pair(self, second):
+        if args or kwargs or not use_triton("ia3_kv_linear", x) or second._peft_ops_alone or why_not_pair(self, second):
             return super().forward(x, *args, **kwargs)
+        call = call_of(self._peft_ops)
         if call is not None and call.uses_bank(self) != call.uses_bank(second):
             return super().forward(x)
         if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -246,8 +290,9 @@ class PairSecond(MixedLinear):
     """The projection that is called second, and finds its result if it is given the very tensor that the first was."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        kept, self._peft_ops_kept = self._peft_ops_kept, None
+        kept = self._peft_ops_kept
         if kept is not None:
+            self._peft_ops_kept = None
             if kept[0] is x and kept[1] == writes(x) and not args and not kwargs:
                 return kept[2]
             self._peft_ops_alone = True  # cross attention: the two read different tensors, and one product was wasted

@@ -1,12 +1,14 @@
 """PEFT's (IA)^3 layers with one operator each, and every row's own adapter where the call names them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from peft_ops.integrations._calls import Call, call_of
+from peft_ops.integrations._calls import Call, call_of, step_of
 from peft_ops.integrations._swap import Swapped
 from peft_ops.ops.ia3_linear import ia3_linear
-from peft_ops.ops.ia3_scale import ia3_scale
+from peft_ops.ops.ia3_scale import ia3_scale, scale_known
 from peft_ops.reference import TaskPlan
 
 ATTRIBUTES = "_peft_ops", "_peft_ops_key"
@@ -45,7 +47,7 @@ class MixedLayer(Swapped):
     def _product(self, active: list[str]) -> Tensor:
         scale = self.ia3_l[active[0]].flatten()
         for name in active[1:]:
-            scale = scale * self.ia3_l[name].flatten().to(scale.dtype)  # PEFT multiplies in place, in the first's dtype
+            scale = (scale * self.ia3_l[name].flatten()).to(scale.dtype)  # PEFT's is in place: the first's dtype stays
         return scale
 
     def _narrows(self, dtype: torch.dtype, names) -> bool:
@@ -65,7 +67,7 @@ class MixedLinear(MixedLayer):
         if call is not None:
             return call.select(self, self.ia3_l, self._features, x)
         active = self._active()
-        return (self._product(active), None) if active else None
+        return (self._product(active).unsqueeze(0), None) if active else None
 
     @property
     def _features(self) -> int:
@@ -77,9 +79,23 @@ class MixedLinear(MixedLayer):
         return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        step = None if args or kwargs else step_of(self, x)
+        return self.unprepared(x, *args, **kwargs) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        call = call_of(self._peft_ops)
+        selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
+        if selected is None or self.needs_peft(x):
+            return self.unprepared
+        (table, ids), base = selected, self.base_layer
+        if self.is_feedforward:
+            return lambda x: base(scale_known(x, table, ids))
+        return lambda x: scale_known(base(x), table, ids)
+
+    def unprepared(self, x: Tensor, *args, **kwargs) -> Tensor:
         call = call_of(self._peft_ops)
         if call is not None and call.is_flat(x, self):
-            return self.forward(x.unflatten(0, (len(call.rows), -1)), *args, **kwargs).flatten(0, 1)
+            return self.unprepared(x.unflatten(0, (len(call.rows), -1)), *args, **kwargs).flatten(0, 1)
         selected = self.selection(x)
         if selected is None:
             return super().forward(x, *args, **kwargs)  # unmerges, too, as PEFT does where adapters are disabled
@@ -177,7 +193,7 @@ class MixedHead(Swapped):
 
 
 class BankLinear(Swapped):
-    """An nn.Linear that PEFT left alone and a TaskBank has vectors for."""
+    """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
     def forward(self, x: Tensor) -> Tensor:
         call = call_of(self._peft_ops)
@@ -185,8 +201,7 @@ class BankLinear(Swapped):
             return super().forward(x)
         if call.is_flat(x, self):
             return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        feedforward = self._peft_ops_feedforward
-        table, ids = call.select(self, {}, self.in_features if feedforward else self.out_features, x)
-        if feedforward:
+        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+        if self._peft_ops_feedforward:
             return super().forward(ia3_scale(x, table, ids))
         return ia3_scale(super().forward(x), table, ids)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _layers
-from peft_ops.integrations._calls import BASE, Call, Shared, calling, current_call
-from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs
+from peft_ops.integrations._calls import Call, Shared, calling, current_call
+from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
+from peft_ops.nn.task_bank import BASE
 
 OLDEST = "0.19"
 FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
@@ -52,7 +53,11 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     if isinstance(model, Swapped):
         restore(model)
     swap(model, MixedModel, _peft_ops=Shared(level, bank))
-    _swap_layers(model)
+    try:
+        _swap_layers(model)
+    except ValueError:
+        restore(model)
+        raise
     return model
 
 
@@ -83,7 +88,7 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     shared = _shared_of(model)
     with ExitStack() as stack:
         call = _call(model, adapter_names, None, exact=False, stack=stack)
-        if any(_kind(model, name) in KINDS for name in call.names):
+        if has_prompts(model, call):
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
         shared.last_mixed = torch.is_grad_enabled()
@@ -221,9 +226,11 @@ def _swap_layers(model: nn.Module) -> None:
         mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
         if mixin is not None:
             swap(module, mixin, _peft_ops=shared, _peft_ops_key=name)
-        elif shared.bank is not None and name in shared.bank.widths and type(module) is nn.Linear:
-            feedforward = name in shared.bank.feedforward
+        elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
+            feedforward = _scales_input(module, name, shared.bank)
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
+    if shared.bank is not None:
+        _check_bank(base, shared.bank)
     for module in base.modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
@@ -231,6 +238,51 @@ def _swap_layers(model: nn.Module) -> None:
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
             _swap_fused(module, shared)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
+    if isinstance(module, (nn.Linear, _layers.MixedLinear)):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return module.nx, module.nf
+    return None
+
+
+def _scales_input(module: nn.Module, name: str, bank) -> bool:
+    width, sizes = bank.widths[name], _features(module)
+    if bank.feedforward is not None:
+        return name in bank.feedforward
+    if width not in sizes or sizes[0] == sizes[1]:
+        raise ValueError(
+            f"accelerate: bank must say with TaskBank(feedforward=[...]) whether {width} features scale the input or "
+            f"the output of {name}, which maps {sizes[0]} to {sizes[1]} features"
+        )
+    return width == sizes[0]
+
+
+def _check_bank(base: nn.Module, bank) -> None:
+    """Every module of the bank is one of the model's, as wide, and scaled on the same side."""
+    found = dict(base.named_modules())
+    for name, width in bank.widths.items():
+        layer = found.get(name)
+        if isinstance(layer, _layers.BankLinear):
+            is_input = layer._peft_ops_feedforward
+        elif isinstance(layer, _layers.MixedLinear):
+            is_input = layer.is_feedforward
+        else:
+            got = "no such module" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(f"accelerate: bank must hold linear layers of the model, got {name!r}, {got}")
+        layer_width = _features(layer)[0 if is_input else 1]
+        if width != layer_width or (bank.feedforward is not None and is_input != (name in bank.feedforward)):
+            raise ValueError(
+                f"accelerate: bank must hold {layer_width} features for the {'input' if is_input else 'output'} of "
+                f"{name!r}, got {width} features{'' if width != layer_width else ' for the other side'}"
+            )
+    if bank.prompts is not None:
+        width = base.get_input_embeddings().weight.shape[1]
+        if bank.prompts.shape[2] != width:
+            raise ValueError(f"accelerate: bank must hold prompts of {width} features, got {bank.prompts.shape[2]}")
 
 
 def _swap_fused(module: nn.Module, shared: Shared) -> None:
@@ -283,7 +335,8 @@ class MixedModel(Swapped):
         if adapter_names is None:
             if torch.is_grad_enabled():
                 self._peft_ops.last_mixed = False
-            return super().forward(*args, **kwargs)
+            with calling(self._unnamed()):
+                return super().forward(*args, **kwargs)
         with ExitStack() as stack:
             call = _call(self, adapter_names, _rows(args, kwargs), exact=True, stack=stack)
             if torch.is_grad_enabled():
@@ -291,28 +344,32 @@ class MixedModel(Swapped):
                 self._keep_calls_through_checkpoints()
             stack.enter_context(calling(call))
             base = self.get_base_model()
-            if args and _has_prompts(self, call):
-                kwargs, args = inspect.signature(base.forward).bind_partial(*args).arguments | kwargs, ()
-            prompted = forward_inputs(self, call, kwargs) if _has_prompts(self, call) else None
-            if prompted is not None:
-                return base(**prompted)
-            if self.active_peft_config.is_prompt_learning:  # base rows only: the model without any prompt
+            if has_prompts(self, call):
+                named = inspect.signature(base.forward).bind_partial(*args).arguments
+                return base(**forward_inputs(self, call, named | kwargs))
+            kwargs = without_prompts(self, call, kwargs)
+            if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
                 return base(*args, **kwargs)
             return super().forward(*args, **kwargs)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None:
-            return super().generate(*args, **kwargs)
+            with calling(self._unnamed()):
+                return super().generate(*args, **kwargs)
         with ExitStack() as stack:
             call = _call(self, adapter_names, _rows(args, kwargs), exact=False, stack=stack)
             stack.enter_context(calling(call))
             base = self.get_base_model()
-            prompted = generate_inputs(self, call, args, kwargs) if _has_prompts(self, call) else None
-            if prompted is not None:
-                return base.generate(**prompted)
+            if has_prompts(self, call):
+                return base.generate(**generate_inputs(self, call, args, kwargs))
             if self.active_peft_config.is_prompt_learning:
                 return base.generate(*args, **kwargs)
             return super().generate(*args, **kwargs)
+
+    def _unnamed(self) -> Call:
+        """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
+        around = current_call()
+        return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
 
     def add_adapter(self, *args, **kwargs):
         super().add_adapter(*args, **kwargs)
@@ -325,13 +382,6 @@ class MixedModel(Swapped):
             func = module.__dict__.get("_gradient_checkpointing_func")
             if func is not None and not isinstance(func, _Checkpoint):
                 module._gradient_checkpointing_func = _Checkpoint(func)
-
-
-def _has_prompts(model: nn.Module, call: Call) -> bool:
-    bank = call.shared.bank
-    return any(
-        _kind(model, name) in KINDS or (name in call.slots and bank.prompt(name) is not None) for name in call.names
-    )
 
 
 def _rows(args: tuple, kwargs: dict) -> int | None:
@@ -355,19 +405,21 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
     if len(configs) != len(shared.configs) or any(a is not b for a, b in zip(configs, shared.configs, strict=True)):
         _check_kinds(model)
         _swap_layers(model)  # an adapter has come that may have targeted other modules
-    names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-    elsewhere = [name for name in names if name not in model.peft_config]
-    bank = shared.bank
-    unknown = [name for name in elsewhere if bank is None or name not in bank]
-    if unknown:
-        some = ", ".join(map(repr, [*model.peft_config][:20]))
-        hint = "" if bank is None else f", nor in the bank of {len(bank)}"
-        raise ValueError(
-            f"adapter_names must name adapters of the model, [{some}] or {BASE!r}, got {unknown[0]!r}{hint}; load it "
-            f"with model.load_adapter(..., adapter_name={unknown[0]!r})"
-        )
-    slots = {}
+    elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
+    held = {}
     if elsewhere:
-        ids = stack.enter_context(bank.use(elsewhere))
-        slots = dict(zip(elsewhere, ids.tolist(), strict=True))
-    return Call(shared, [None if name == BASE else name for name in adapter_names], exact, slots)
+        if shared.bank is None:
+            raise ValueError(_unknown(model, elsewhere[0]))
+        try:
+            held = stack.enter_context(shared.bank.hold(elsewhere))
+        except KeyError as error:
+            raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
+    return Call(shared, [None if name == BASE else name for name in adapter_names], exact, held)
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    some = ", ".join(map(repr, [*model.peft_config][:20]))
+    return (
+        f"adapter_names must name adapters of the model, [{some}] or {BASE!r}, got {name!r}; load it with "
+        f"model.load_adapter(..., adapter_name={name!r})"
+    )
