@@ -177,6 +177,13 @@ def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return step
 
 
+def forget_steps(shared: Shared) -> None:
+    """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        call.steps.clear()
+
+
 @contextmanager
 def calling(call: Call | None) -> Iterator[None]:
     token = _current.set(call)
