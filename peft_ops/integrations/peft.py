@@ -371,6 +371,12 @@ class MixedModel(Swapped):
         around = current_call()
         return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
 
+    def merge_and_unload(self, *args, **kwargs):
+        return restore(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self, *args, **kwargs):
+        return restore(self.base_model.unload(*args, **kwargs))
+
     def add_adapter(self, *args, **kwargs):
         super().add_adapter(*args, **kwargs)
         _check_kinds(self)
