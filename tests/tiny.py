@@ -1,4 +1,4 @@
-"""Tiny random PEFT models, and plain PEFT as their oracle: one adapter for the whole batch, then the rows that are its."""
+"""Tiny random PEFT models, and plain PEFT as their oracle: one adapter for the whole batch, of which its rows count."""
 
 import copy
 import zlib
@@ -78,8 +78,8 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or (parameter == 0).all():  # not the norms' weights
-                # what is generated must depend on the last token, or it repeats: loud embeddings, and a quieter attention
-                # in T5, which does not scale its queries and reads the same text at every step
+                # what is generated must depend on the last token, or it repeats: loud embeddings, and in T5, which
+                # does not scale its queries and reads the same text at every step, a quieter attention
                 std = 2 if "embed" in name or "shared" in name else 0.1 if "Attention." in name else 0.3
                 parameter.normal_(0, std, generator=generator)
     return model

@@ -401,9 +401,9 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
     shared = model._peft_ops
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
-    wrong = next((name for name in adapter_names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {type(wrong).__name__}")
+    wrong = [type(name).__name__ for name in adapter_names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {wrong[0]}")
     if not adapter_names or (rows is not None and len(adapter_names) != rows):
         what = "a batch" if rows is None else f"{rows} rows"
         raise ValueError(f"adapter_names must hold one name per row, for {what}, got {len(adapter_names)}")
