@@ -371,6 +371,25 @@ class MixedModel(Swapped):
         around = current_call()
         return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
 
+    @contextmanager
+    def disable_adapter(self):
+        with super().disable_adapter():
+            if not self.active_peft_config.is_prompt_learning:
+                yield
+                return
+            shared, unnamed = self._peft_ops, self.forward  # PEFT puts the base model's here, which takes no names
+
+            def forward(*args, adapter_names: Sequence[str] | None = None, **kwargs):
+                if adapter_names is None:
+                    return unnamed(*args, **kwargs)
+                return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+
+            self.forward, before, shared.prompts_disabled = forward, shared.prompts_disabled, True
+            try:
+                yield
+            finally:
+                shared.prompts_disabled = before
+
     def merge_and_unload(self, *args, **kwargs):
         return restore(self.base_model.merge_and_unload(*args, **kwargs))
 
@@ -420,7 +439,8 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
             held = stack.enter_context(shared.bank.hold(elsewhere))
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
-    return Call(shared, [None if name == BASE else name for name in adapter_names], exact, held)
+    rows = [None if name == BASE or shared.prompts_disabled else name for name in adapter_names]
+    return Call(shared, rows, exact, held)
 
 
 def _unknown(model: nn.Module, name: str) -> str:
