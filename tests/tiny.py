@@ -1,6 +1,7 @@
-"""Tiny random PEFT models, and plain PEFT as their oracle: one adapter for the whole batch, then its own rows."""
+"""Tiny random PEFT models, and plain PEFT as their oracle: one adapter for the whole batch, of which its rows count."""
 
 import copy
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 import peft
 import torch
 import transformers
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 BASE = "__base__"
@@ -78,9 +80,17 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or (parameter == 0).all():  # not the norms' weights
-                # what is generated must depend on the last token, or it repeats: loud embeddings, a quieter attention
-                # in T5, which does not scale its queries and reads the same text at every step
-                std = 2 if "embed" in name or "shared" in name else 0.1 if "Attention." in name else 0.3
+                # what is generated must depend on the last token, or it repeats: loud embeddings, and in T5, which
+                # does not scale its queries and reads the same text at every step, a quieter attention
+                std = (
+                    2
+                    if "embed" in name or "shared" in name
+                    else 0.1
+                    if re.search(r"Attention\.[qk]\.", name)
+                    else 0.2
+                    if "Attention.o" in name
+                    else 0.3
+                )
                 parameter.normal_(0, std, generator=generator)
     return model
 
@@ -159,7 +169,13 @@ def alone(model: nn.Module, name: str) -> Iterator[nn.Module]:
         model.set_adapter(name)
         yield model
     elif model.active_peft_config.is_prompt_learning:
-        yield model.get_base_model()  # disable_adapter() leaves an encoder-decoder's generate() its prompt
+        # disable_adapter() leaves an encoder-decoder's generate() its prompt, and a classifier the adapter's head
+        heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        for head in heads:
+            head.enable_adapters(False)
+        yield model.get_base_model()
+        for head in heads:
+            head.enable_adapters(True)
     else:
         with model.disable_adapter():
             yield model

@@ -20,13 +20,14 @@ class Shared:
         level: "auto" or "module".
         bank: a TaskBank, or None.
         configs: the adapters' configs that the model had when its modules were last looked at.
+        prompts_disabled: inside disable_adapter() of a model with prompts; layers know it by themselves.
         last_mixed: the last forward with gradients had adapter names; a recomputation without any is then a mistake.
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.last_mixed = False
+        self.last_mixed = self.prompts_disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -175,6 +176,13 @@ def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     step = layer.prepare(x)
     call.steps[layer] = key, step
     return step
+
+
+def forget_steps(shared: Shared) -> None:
+    """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        call.steps.clear()
 
 
 @contextmanager

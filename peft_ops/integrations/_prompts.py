@@ -119,7 +119,9 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
     batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if per_token:
-        kwargs["labels"] = batch.labels
+        # the shift of a decoder's loss drops the first slot, which was a base row's first token: nothing predicts it
+        first = (batch.position_ids == 0) & (batch.attention_mask != 0)
+        kwargs["labels"] = batch.labels.masked_fill(first, -100) if left else batch.labels
     if "token_type_ids" in kwargs:
         kwargs["token_type_ids"] = follow(kwargs["token_type_ids"], batch.token_map, 0)
     return kwargs | positions_of(base, batch.attention_mask)

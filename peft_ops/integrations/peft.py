@@ -371,6 +371,31 @@ class MixedModel(Swapped):
         around = current_call()
         return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
 
+    @contextmanager
+    def disable_adapter(self):
+        with super().disable_adapter():
+            if not self.active_peft_config.is_prompt_learning:
+                yield
+                return
+            shared, unnamed = self._peft_ops, self.forward  # PEFT puts the base model's here, which takes no names
+
+            def forward(*args, adapter_names: Sequence[str] | None = None, **kwargs):
+                if adapter_names is None:
+                    return unnamed(*args, **kwargs)
+                return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+
+            self.forward, before, shared.prompts_disabled = forward, shared.prompts_disabled, True
+            try:
+                yield
+            finally:
+                shared.prompts_disabled = before
+
+    def merge_and_unload(self, *args, **kwargs):
+        return restore(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self, *args, **kwargs):
+        return restore(self.base_model.unload(*args, **kwargs))
+
     def add_adapter(self, *args, **kwargs):
         super().add_adapter(*args, **kwargs)
         _check_kinds(self)
@@ -395,9 +420,9 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
     shared = model._peft_ops
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
-    wrong = next((name for name in adapter_names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {type(wrong).__name__}")
+    wrong = [type(name).__name__ for name in adapter_names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {wrong[0]}")
     if not adapter_names or (rows is not None and len(adapter_names) != rows):
         what = "a batch" if rows is None else f"{rows} rows"
         raise ValueError(f"adapter_names must hold one name per row, for {what}, got {len(adapter_names)}")
@@ -414,7 +439,8 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
             held = stack.enter_context(shared.bank.hold(elsewhere))
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
-    return Call(shared, [None if name == BASE else name for name in adapter_names], exact, held)
+    rows = [None if name == BASE or shared.prompts_disabled else name for name in adapter_names]
+    return Call(shared, rows, exact, held)
 
 
 def _unknown(model: nn.Module, name: str) -> str:
