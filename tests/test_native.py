@@ -437,7 +437,8 @@ def packed_case(B: int, P: int, num_rows: int | None = None):
 def test_prompt_concat_packed_is_bitwise_the_reference(E, num_rows, dtype):
     B, P, V = 23, 3, 11
     total, num_rows, layout, cu = packed_case(B, P, num_rows)
-    prompts, table, ids = randn(TASKS, P, E, dtype=torch.float32), randn(V, E, dtype=dtype), torch.randint(0, V, (total,))
+    prompts, table = randn(TASKS, P, E, dtype=torch.float32), randn(V, E, dtype=dtype)
+    ids = torch.randint(0, V, (total,))
     ids[2], ids[4] = V, -1
     rows = reference.packed_rows(layout, cu, num_rows)
     for tokens, embedding in ((ids, table), (ids.int(), table), (randn(total, E, dtype=dtype), None)):
