@@ -173,9 +173,7 @@ def prompt_shape(case: str, table, prompt, ids, dout):
     added = types, type_table, places, place_table
     bert = {
         "native": lambda: native.prompt_embed(virtual, table, prompt, None, None, 1.0, *added),
-        "bert": lambda: (
-            F.embedding(ids, table) + F.embedding(types, type_table) + F.embedding(positions, position_table)
-        ),
+        "bert": lambda: F.embedding(ids, table) + F.embedding(types, type_table) + F.embedding(places, place_table),
     }
     yield f"prompt_embed added {case}", bert
     dout = dout[:, P:].contiguous()
