@@ -299,15 +299,22 @@ def _plan(packed):
     return record
 
 
-def _concat(E, dtype, prompt_dtype, table, which):
+def _added(E, dtype, positions, types):
+    """Tables of positions and of types."""
+    return _meta(1026, E, dtype=dtype) if positions else None, _meta(2, E, dtype=dtype) if types else None
+
+
+def _concat(E, dtype, prompt_dtype, table, which, *, scale=1.0, positions=False, types=False, after_bos=False):
     def record(capability):
         tokens = _ids(8 * 512).view(8, 512) if table else _meta(8, 512, E, dtype=dtype)
         embedding = _meta(32000, E, dtype=dtype) if table else None
-        mask = _meta(8, 512, dtype=torch.int64)
+        mask, prompts = _meta(8, 512, dtype=torch.int64), _meta(4, 20, E, dtype=prompt_dtype)
+        tables = _added(E, dtype, positions, types)
         with recorded(prompt_concat) as launches:
             prompt_concat.launch_concat(
-                tokens, embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4), mask, mask, True
-            )
+                tokens, embedding, prompts, *tables, _ids(8), _ids(4), mask, mask, mask if types else None,
+                2 * positions, scale, True, after_bos,
+            )  # fmt: skip
         return launches[which]
 
     return record
@@ -322,12 +329,14 @@ def _concat_backward(E, dtype):
     return record
 
 
-def _embed(E, dtype, prompt_dtype):
+def _embed(E, dtype, prompt_dtype, *, scale=1.0, positions=False, types=False, with_ids=True):
     def record(capability):
+        ids, embedding = _ids(8 * 512).view(8, 512), _meta(32000, E, dtype=dtype)
+        prompts, tables = _meta(4, 20, E, dtype=prompt_dtype), _added(E, dtype, positions, types)
+        slot_ids = [ids if given and with_ids else None for given in (positions, types)]
         with recorded(prompt_embed) as launches:
-            prompts = _meta(4, 20, E, dtype=prompt_dtype)
             prompt_embed.launch_embed(
-                _ids(8 * 512).view(8, 512), _meta(32000, E, dtype=dtype), prompts, _ids(8), _ids(4)
+                ids, embedding, prompts, *tables, _ids(8), _ids(4), *slot_ids, 2 * positions, scale
             )
         return launches[0]
 
@@ -384,6 +393,9 @@ def cases() -> list[Case]:
         found.append(Case(f"prompt_concat_packed_backward {d}", _packed_backward(4096, dtype)))
         found.append(Case(f"prompt_embed {d}", _embed(4096, dtype, fp32), wide=True))
         found.append(Case(f"prompt_embed_backward {d}", _embed_backward(4096, dtype)))
+        added = dict(scale=64.0, positions=True, types=True)
+        found.append(Case(f"prompt_concat {d} added", _concat(4096, dtype, fp32, True, 1, **added), wide=True))
+        found.append(Case(f"prompt_embed {d} added", _embed(4096, dtype, fp32, **added), wide=True))
     found.append(Case("ia3_scale bf16 one task", _scale(4096, 4096, bf16, bf16, False, None), wide=True))
     found.append(Case("ia3_scale bf16 odd", _scale(37, 4095, bf16, fp32, True, None)))
     found.append(Case("ia3_scale bf16 one row", _scale(1, 4096, bf16, fp32, False, None), wide=True))
@@ -393,7 +405,13 @@ def cases() -> list[Case]:
     for which, name in enumerate(("sort_ids", "chunk_rows")):
         found.append(Case(name, _scale_backward(4096, 4096, bf16, True, None, True, True, which)))
     found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=3)))
+    found.append(Case("prompt_concat bf16 scale", _concat(4096, bf16, fp32, True, 1, scale=64.0), wide=True))
+    found.append(Case("prompt_concat bf16 positions", _concat(4096, bf16, fp32, True, 1, positions=True), wide=True))
+    found.append(Case("prompt_embed bf16 scale", _embed(4096, bf16, fp32, scale=64.0), wide=True))
+    counted = dict(positions=True, types=True, with_ids=False)
+    found.append(Case("prompt_embed bf16 added, counted", _embed(4096, bf16, fp32, **counted), wide=True))
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
+    found.append(Case("prompt_layout after_bos", _concat(4096, bf16, fp32, True, 0, after_bos=True)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
     found.append(Case("packed_layout", _packed(4096, bf16, fp32, True, 0)))
     for E in (1024, 1536):
