@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import DEBUG, LazyKernels, use_triton
+from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
 from peft_ops._checks import (
     FLOATS,
     IDS,
@@ -96,14 +96,21 @@ def launch_concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int)
     return dprompts
 
 
-def _check_values(tokens, embedding, task_ids, prompt_lengths, num_tasks: int, P: int) -> None:
+def _check_values(
+    tokens, embedding, task_ids, prompt_lengths, attention_mask, type_ids, type_embedding, num_tasks: int, P: int
+) -> None:
     """IndexError for an id or a length out of range, on a CPU (a kernel writes NaN, or clamps the length)."""
     op = "prompt_concat"
+    if (tokens.is_cuda or INTERPRET) and not DEBUG:
+        return
     check_ids_in_range(op, task_ids, num_tasks)
     if embedding is not None:
         check_ids_in_range(op, tokens.reshape(-1), embedding.shape[0], "input_ids", low=0)
     if prompt_lengths is not None:
         check_ids_in_range(op, prompt_lengths, P + 1, "prompt_lengths", low=0)
+    if type_ids is not None:
+        read = type_ids if attention_mask is None else torch.where(attention_mask != 0, type_ids, 0)
+        check_ids_in_range(op, read, type_embedding.shape[0], "token_type_ids", low=0)
 
 
 def _added(layout, positions, token_map, position_embedding, position_offset, type_embedding, type_ids):
@@ -117,7 +124,7 @@ def _prompt_concat(
     type_ids, position_offset, embed_scale, left, after_bos,
 ):  # fmt: skip
     (num_tasks, P, _), (B, S) = prompts.shape, tokens.shape[:2]
-    _check_values(tokens, embedding, task_ids, prompt_lengths, num_tasks, P)
+    _check_values(tokens, embedding, task_ids, prompt_lengths, attention_mask, type_ids, type_embedding, num_tasks, P)
     tables = position_embedding, position_offset, type_embedding, type_ids
     source = tokens if embedding is None else embedding
     others = (t for t in (prompts, position_embedding, type_embedding) if t is not None)
