@@ -216,7 +216,7 @@ class TestForward:
 
     @pytest.mark.parametrize("family", ["llama", "t5"])
     def test_disabled_adapters(self, family):
-        """Then every row is the base model's, in generate() too. (PEFT's disable_adapter() raises for BERT's prompts.)"""
+        """Then every row is the base model's, in generate() too. (BERT's prompts PEFT cannot disable: it raises.)"""
         model, batch = accelerated(family), batch_of(family, "right")
         want = logits(model, batch, adapter_names=[BASE] * 5)
         with model.disable_adapter():

@@ -21,13 +21,13 @@ class Shared:
         bank: a TaskBank, or None.
         configs: the adapters' configs that the model had when its modules were last looked at.
         prompts_disabled: inside disable_adapter() of a model with prompts; layers know it by themselves.
-        last_mixed: the last forward with gradients had adapter names; a recomputation without any is then a mistake.
+        mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.last_mixed = self.prompts_disabled = False
+        self.mixed = self.prompts_disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -154,7 +154,7 @@ def call_of(shared: Shared) -> Call | None:
     call = _current.get()
     if call is not None and call.shared is shared:
         return call if call.rows else None
-    if shared.last_mixed and _graph_task() != -1:
+    if shared.mixed and _graph_task() != -1:
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"

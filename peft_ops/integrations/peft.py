@@ -91,7 +91,7 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
         if has_prompts(model, call):
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
-        shared.last_mixed = torch.is_grad_enabled()
+        shared.mixed |= torch.is_grad_enabled()
         yield
 
 
@@ -333,14 +333,12 @@ class MixedModel(Swapped):
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None:
-            if torch.is_grad_enabled():
-                self._peft_ops.last_mixed = False
             with calling(self._unnamed()):
                 return super().forward(*args, **kwargs)
         with ExitStack() as stack:
             call = _call(self, adapter_names, _rows(args, kwargs), exact=True, stack=stack)
             if torch.is_grad_enabled():
-                self._peft_ops.last_mixed = True
+                self._peft_ops.mixed = True
                 self._keep_calls_through_checkpoints()
             stack.enter_context(calling(call))
             base = self.get_base_model()
