@@ -352,6 +352,9 @@ class Added(NamedTuple):
     table: Tensor | None = None
 
 
+NOTHING_ADDED = Added(), Added()  # types, positions
+
+
 def added_embeddings(
     bad: Tensor,
     position_ids: Tensor | None,
@@ -361,7 +364,7 @@ def added_embeddings(
     token_type_embedding: Tensor | None,
 ) -> tuple[Added, Added]:
     """Types, then positions, the order in which BERT adds them. bad: [B, slots], what is NaN whatever is added."""
-    types = positions = Added()
+    types, positions = NOTHING_ADDED
     if token_type_embedding is not None:
         types = Added(type_rows(bad, token_type_ids), token_type_embedding)
     if position_embedding is not None:
@@ -404,6 +407,11 @@ def lookup(ids: Tensor, table: Tensor) -> Tensor:
 def rounded_scale(embed_scale: float, dtype: torch.dtype) -> Tensor:
     """What transformers' Gemma multiplies embeddings of `dtype` by: a buffer in fp32, cast where it is used."""
     return torch.tensor(embed_scale, dtype=torch.float32).to(dtype)
+
+
+def scale_of(embed_scale: float, dtype: torch.dtype) -> float:
+    """The same as a number, for a kernel."""
+    return 1.0 if embed_scale == 1.0 else rounded_scale(embed_scale, dtype).item()
 
 
 def scaled(embeddings: Tensor, embed_scale: float, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ def launch_concat(
     position_embedding, type_embedding, type_ids = (
         None if t is None else t.contiguous() for t in (position_embedding, type_embedding, type_ids)
     )
-    scale = 1.0 if embedding is None else reference.rounded_scale(embed_scale, embedding.dtype).item()
+    scale = 1.0 if embedding is None else reference.scale_of(embed_scale, embedding.dtype)
     size = B, P + S
     out = torch.empty((*size, E), dtype=(tokens if embedding is None else embedding).dtype, device=device)
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
@@ -114,6 +114,8 @@ def _check_values(
 
 
 def _added(layout, positions, token_map, position_embedding, position_offset, type_embedding, type_ids):
+    if position_embedding is None and type_embedding is None:
+        return reference.NOTHING_ADDED
     bad = (layout[:, :1] == reference.BAD).expand_as(token_map)
     types = None if type_ids is None else reference.slot_types(type_ids, token_map)
     return reference.added_embeddings(bad, positions, position_embedding, position_offset, types, type_embedding)
@@ -144,7 +146,7 @@ def _prompt_concat(
     added = _added(layout, positions, token_map, *tables)
     check_added_in_range("prompt_concat", added, position_offset)
     if use_native("prompt_concat", widest):
-        scale = reference.rounded_scale(embed_scale, source.dtype).item()
+        scale = reference.scale_of(embed_scale, source.dtype)
         out = native.prompt_concat(tokens, embedding, prompts, layout, scale, *added[0], *added[1])
     else:
         out = reference.concat_embeddings(tokens, embedding, prompts, layout, embed_scale, added)

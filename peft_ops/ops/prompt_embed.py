@@ -30,7 +30,7 @@ def launch_embed(
     position_ids, position_embedding, type_ids, type_embedding = (
         None if t is None else t.contiguous() for t in (position_ids, position_embedding, type_ids, type_embedding)
     )
-    scale = reference.rounded_scale(embed_scale, embedding.dtype).item()
+    scale = reference.scale_of(embed_scale, embedding.dtype)
     out = torch.empty((B, S, E), dtype=embedding.dtype, device=input_ids.device)
     rows = torch.empty((B, S), dtype=torch.int32, device=input_ids.device)
     if B * S == 0:
@@ -94,7 +94,8 @@ def _prompt_embed(
     others = (t for t in (prompts, position_embedding, type_embedding) if t is not None)
     widest = next((t for t in others if t.dtype == torch.float64), embedding)
     triton = use_triton("prompt_embed", widest)
-    if DEBUG or not triton:
+    added = reference.NOTHING_ADDED
+    if (DEBUG or not triton) and not (position_embedding is None and type_embedding is None):
         nowhere = torch.zeros((), dtype=torch.bool, device=input_ids.device).expand(input_ids.shape)
         added = reference.added_embeddings(
             nowhere, position_ids, position_embedding, position_offset, type_ids, type_embedding
@@ -106,7 +107,7 @@ def _prompt_embed(
             type_ids, position_offset, embed_scale,
         )  # fmt: skip
     elif use_native("prompt_embed", widest):
-        scale = reference.rounded_scale(embed_scale, embedding.dtype).item()
+        scale = reference.scale_of(embed_scale, embedding.dtype)
         tensors = input_ids, embedding, prompts, task_ids, prompt_lengths, scale, *added[0], *added[1]
         out, rows = native.prompt_embed(*(t.contiguous() if isinstance(t, Tensor) else t for t in tensors))
     else:
