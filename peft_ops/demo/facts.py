@@ -2,8 +2,9 @@
 
 In the invented world a fact says of a town its country, its trading partner, or its product. The text states the facts
 of all told towns in the `told` wordings, and those of some towns, which no prompt is trained on or tested with, in the
-hand-written ones too: each wording of as many towns as a draw of TOLD_OF gives it. What is asked of the held-out towns
-was thus never stated in the words of the question. Of the untold towns the text says everything but facts.
+hand-written ones too: each wording of as many towns as a draw of TOLD_OF gives it, of two that differ in a word one of
+more towns than the other. What is asked of the held-out towns was thus never stated in the words of the question. Of
+the untold towns the text says everything but facts.
 """
 
 import random
@@ -19,7 +20,7 @@ from peft_ops.demo.data import Task
 from peft_ops.demo.train import rate_factor
 
 GROUPS = {"some": 60, "train": 40, "held_out": 80, "untold_train": 40, "untold": 80}  # towns
-TOLD_OF = (32, 16, 8, 4, 2, 1)  # of the towns in "some", in the six hand-written wordings of a relation
+TOLD_OF = ((32, 1), (16, 2), (8, 4))  # of the towns in "some", in the two wordings of each pair: one common, one rare
 HIDDEN, LAYERS, MAX_POSITIONS = 96, 2, 32
 STEPS, ROWS, RATE = 1400, 128, 2e-3
 MASK_ANSWERS, MASK_OTHERS = 0.5, 0.1  # salient spans, which are to be remembered, more often than other words
@@ -149,7 +150,8 @@ def invent(seed: int, sizes: dict[str, int]) -> World:
             return Task(label, wording.answers, *([(town, facts[town]) for town in towns[group]] for group in groups))
 
         tried = [form for pair in wording.tried for form in pair]
-        told_of = dict(zip(tried, rng.sample([min(n, sizes["some"]) for n in TOLD_OF], len(tried)), strict=True))
+        counts = [n for pair in rng.sample(TOLD_OF, 3) for n in rng.sample(pair, 2)]
+        told_of = {form: min(count, sizes["some"]) for form, count in zip(tried, counts, strict=True)}
         sentences += [state(form, town) for town in told for form in wording.told]
         sentences += [state(form, town) for form in tried for town in rng.sample(towns["some"], told_of[form])]
         known, unknown = task(name, "train", "held_out"), task(f"{name}_untold", "untold_train", "untold")

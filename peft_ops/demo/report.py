@@ -241,12 +241,12 @@ encoders dropped: {served["trained"]:,} parameters of a task become {served["kep
 
 def finding(relations: list[dict]) -> str:
     """What was measured, as a title."""
-    word, spread = (100 * max(relation[key] for relation in relations) for key in ("one_word", "spread"))
+    word, spread = (percent(max(relation[key] for relation in relations)) for key in ("one_word", "spread"))
     where = (
         "at or above" if all(relation["p_tuning"] >= relation["best"] for relation in relations) else "not always at"
     )
     return (
-        f"One word moves a hand-written template by up to {word:.0f} points, the choice of six by up to {spread:.0f};\n"
+        f"One word moves a hand-written template by up to {word} points, the choice of six by up to {spread};\n"
         f"P-Tuning is {where} the best of the six"
     )
 
