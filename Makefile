@@ -20,7 +20,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo test test-native test-interpreter test-compile nightly kernels bench lint clean
+.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly kernels bench lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -30,6 +30,9 @@ setup: $(NATIVE)  ## environment and native library, without running anything
 
 demo: setup  ## the main job: train and serve several tasks in one batch, on a GPU if there is one
 	$(PY) -m peft_ops.demo $(ARGS)
+
+demo-templates: setup  ## ask a masked language model in hand-written words, and with P-Tuning
+	$(PY) -m peft_ops.demo.templates $(ARGS)
 
 test: test-native test-interpreter test-compile  ## all tests, in the three processes below
 
