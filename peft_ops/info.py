@@ -23,6 +23,8 @@ NATIVE_OPS = (
     "ia3_glu_backward",
     "prompt_concat",
     "prompt_concat_backward",
+    "prompt_embed",
+    "prompt_embed_backward",
 )
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -14,7 +14,16 @@ import peft_ops
 import peft_ops.reference
 
 ROOT = Path(__file__).resolve().parent.parent
-STEMS = {"ia3_glu", "ia3_kv_linear", "ia3_linear", "ia3_scale", "prompt_concat", "prompt_embed", "task_plan"}
+STEMS = {
+    "ia3_glu",
+    "ia3_kv_linear",
+    "ia3_linear",
+    "ia3_scale",
+    "prompt_concat",
+    "prompt_concat_packed",
+    "prompt_embed",
+    "task_plan",
+}
 SHARED_KERNEL_FILES = {"device", "dual", "tiles"}  # what several operators launch or call, and launch parameters
 
 SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
@@ -34,7 +43,11 @@ LAYERS = {
         {"triton"},
     ),
     "peft_ops/nn": ({"nn", "ops", "reference", "_checks", "_library"}, {"torch"}, set()),
-    "peft_ops/integrations": ({"integrations", "nn", "ops"}, {"torch"}, {"peft", "transformers"}),
+    "peft_ops/integrations": (
+        {"integrations", "nn", "ops", "reference", "_backend"},
+        {"torch"},
+        {"peft", "safetensors", "transformers"},
+    ),
 }
 OUTSIDE = ("peft_ops/demo", "bench", "tests")  # these import the package, never the other way round
 

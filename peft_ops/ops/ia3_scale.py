@@ -13,15 +13,20 @@ from peft_ops.reference import TaskPlan
 kernels, sorting, tiles = LazyKernels("ia3_scale"), LazyKernels("task_plan"), LazyKernels("tiles")
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default  # the packet would look for the overload at each call: 1 us
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x as [M, N], without a copy where only its leading dimensions are strided."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
 def shaped(rows: Tensor, size: tuple) -> Tensor:
     """rows in another shape, no view in autograd's eyes: what an operator returns may be changed in place."""
-    return torch.ops.aten._unsafe_view(rows, size)
+    return rows if rows.shape == size else _unsafe_view(rows, size)
 
 
 def launch_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
@@ -179,6 +184,13 @@ _op = Operator(
     _setup_context,
     _backward,
 )
+
+
+def scale_known(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
+    """act(x) * ia3_l[t] without gradient and without checks (8 us): of a table and ids that are known good."""
+    if not x.is_cuda and use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
+        return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    return _op(x, ia3_l, task_ids, activation)
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = None) -> Tensor:

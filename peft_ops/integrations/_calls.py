@@ -1,0 +1,198 @@
+"""One call of an accelerated model: which adapter each row of its batch belongs to, and where its layers read it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from peft_ops.nn.task_bank import Held
+from peft_ops.nn.tasks import TaskBatch
+from peft_ops.reference import TaskPlan
+
+
+class Shared:
+    """What the modules of one accelerated model share. It holds no module and no tensor: a deep copy is cheap.
+
+    Attributes:
+        level: "auto" or "module".
+        bank: a TaskBank, or None.
+        configs: the adapters' configs that the model had when its modules were last looked at.
+        prompts_disabled: inside disable_adapter() of a model with prompts; layers know it by themselves.
+        mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
+    """
+
+    def __init__(self, level: str, bank=None):
+        self.level, self.bank = level, bank
+        self.configs: list = []
+        self.mixed = self.prompts_disabled = False
+
+    def __deepcopy__(self, memo):
+        copy = Shared(self.level, self.bank)
+        copy.configs = list(self.configs)
+        return copy
+
+
+class Call:
+    """The adapters of one batch, for every layer of one model.
+
+    Args:
+        shared: of the model that is called; another model called meanwhile does not see it.
+        rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
+            say what is active.
+        exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
+        held: where a TaskBank has the adapters that it serves.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        rows: Sequence[str | None] = (),
+        exact: bool = True,
+        held: Mapping[str, Held] = MappingProxyType({}),
+    ):
+        self.shared, self.rows, self.exact, self.held = shared, tuple(rows), exact, held
+        self.steps: dict[nn.Module, tuple] = {}
+        self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        self._batches: dict[tuple, TaskBatch] = {}
+        self._tables: dict[nn.Module, Tensor] = {}
+        self._masks: dict[tuple, list[Tensor]] = {}
+
+    def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
+        """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
+        no vector of a name."""
+        self.check_rows(x, layer)
+        key = getattr(layer, "_peft_ops_key", None)
+        if self.uses_bank(layer):
+            return self.shared.bank.table(key), self._batch(x.device, of_bank=True).for_rows(x)  # no copy of a vector
+        return self._table(layer, key, vectors, features, x.device), self._batch(x.device).for_rows(x)
+
+    def uses_bank(self, layer: nn.Module) -> bool:
+        """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
+        known = bool(self.names) and self.held.keys() >= set(self.names)
+        return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
+
+    def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
+        if (device, of_bank) not in self._batches:
+            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
+            ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
+            tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
+            self._batches[device, of_bank] = TaskBatch(tasks, ids)
+        return self._batches[device, of_bank]
+
+    def _table(self, layer: nn.Module, key: str | None, vectors, features: int, device: torch.device) -> Tensor:
+        # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
+        # first, and must not find that table when it runs again with them
+        keep = not torch.is_grad_enabled()
+        if not keep:  # an optimizer may write before the next call
+            self._tables.clear()
+            self.steps.clear()
+        if layer in self._tables:
+            return self._tables[layer]
+        rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
+        dtypes = {row.dtype for row in rows if row is not None}
+        if len(rows) == 1 and dtypes:
+            table = rows[0].unsqueeze(0)
+        else:
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            ones = torch.ones(features, dtype=dtype, device=device)
+            table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
+        if keep:
+            self._tables[layer] = table
+        return table
+
+    def _of_bank(self, key: str | None, name: str) -> Tensor | None:
+        bank = self.shared.bank
+        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
+
+    def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
+        """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
+        flat = getattr(layer, "_peft_ops_flat", False) and x.dim() == 2
+        return flat and x.shape[0] != len(self.rows) and x.shape[0] % len(self.rows) == 0
+
+    def check_rows(self, x: Tensor, layer: nn.Module) -> None:
+        """Refuse an input whose first dimension is not the batch: ids that divide it by chance would mix tenants."""
+        B, rows = len(self.rows), x.shape[0]
+        if rows != B and (self.exact or rows % B or x.dim() < 3):
+            raise ValueError(
+                f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
+                f"{'' if self.exact else ' or, in 3 dimensions, a multiple'}, got {list(x.shape)} in "
+                f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
+            )
+
+    def by_row(self, x: Tensor, layer: nn.Module, names: Sequence[str | None], fn: Callable[[str | None], Tensor]):
+        """Row b of fn(names[i]) where b belongs to names[i]; each is computed for the whole batch, so that a row's
+        result does not depend on how many others share its adapter. `where` keeps one row's NaN out of another's."""
+        out = fn(names[0])
+        for name, mask in list(zip(names, self.masks(x, layer, names), strict=True))[1:]:
+            other = fn(name)
+            out = torch.where(mask.view(-1, *[1] * (other.dim() - 1)), other, out)
+        return out
+
+    def masks(self, x: Tensor, layer: nn.Module, names: Sequence[str | None]) -> list[Tensor]:
+        """For each name, bool [x.shape[0]]: which rows are its."""
+        self.check_rows(x, layer)
+        key = x.shape[0], x.device, tuple(names)
+        if key not in self._masks:
+            self._masks[key] = [
+                torch.tensor([row == name for row in self.rows], device=x.device).repeat_interleave(
+                    x.shape[0] // len(self.rows)
+                )
+                for name in names
+            ]
+        return self._masks[key]
+
+
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # private: -1 outside of backward()
+_current: ContextVar[Call | None] = ContextVar("peft_ops_call", default=None)
+
+
+def call_of(shared: Shared) -> Call | None:
+    """The call that a layer of this model runs in; None where no adapter names were given."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        return call if call.rows else None
+    if shared.mixed and _graph_task() != -1:
+        raise RuntimeError(
+            "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
+            "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"
+        )
+    return None
+
+
+def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What the layer does with inputs like x until the call ends, prepared when it saw the first; None where it has to
+    look again each time. In decoding, the looking costs more than the step."""
+    call = _current.get()
+    if call is None or call.shared is not layer._peft_ops or torch.is_grad_enabled():
+        return None
+    key, kept = (x.shape, x.dtype, x.device), call.steps.get(layer)
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    step = layer.prepare(x)
+    call.steps[layer] = key, step
+    return step
+
+
+def forget_steps(shared: Shared) -> None:
+    """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        call.steps.clear()
+
+
+@contextmanager
+def calling(call: Call | None) -> Iterator[None]:
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_call() -> Call | None:
+    return _current.get()

@@ -1,0 +1,309 @@
+"""Feed-forward layers and pairs of projections as one operator each, where a model's code is what the operator does."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_ops._backend import use_triton
+from peft_ops.integrations._calls import call_of, step_of
+from peft_ops.integrations._layers import MixedLinear, why_not_exact
+from peft_ops.integrations._swap import Swapped
+from peft_ops.nn.adapters import writes
+from peft_ops.ops.ia3_glu import glu_known, ia3_glu_linear
+from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
+from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_scale import scale_known
+
+# transformers' and torch's activation modules that an operator has
+ACTIVATIONS = {
+    "SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu", "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh",
+}  # fmt: skip
+
+
+class Form(NamedTuple):
+    """Names of the parts of a feed-forward layer: down(dropout(act(gate(x)) * up(x))), dropped out again."""
+
+    up: str  # of a gated layer whose two weights are packed: both, gate first
+    act: str
+    down: str
+    gate: str | None = None
+    packed: bool = False
+    dropout: str | None = None
+    out_dropout: str | None = None
+
+
+_T5_CAST = (
+    "if isinstance(self.wo.weight, torch.Tensor) and hidden_states.dtype != self.wo.weight.dtype "
+    "and (self.wo.weight.dtype != torch.int8):\n    hidden_states = hidden_states.to(self.wo.weight.dtype)\n"
+)
+# what `forward` says, and what it computes; a class whose code says anything else stays at module level
+FORMS = {
+    "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))\nreturn down_proj": Form(
+        "up_proj", "act_fn", "down_proj", "gate_proj"
+    ),
+    "return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))": Form(
+        "up_proj", "act_fn", "down_proj", "gate_proj"
+    ),
+    "return self.down_proj(self.act_fn(self.up_proj(x)))": Form("up_proj", "act_fn", "down_proj"),
+    "up_states = self.gate_up_proj(x)\ngate, up_states = up_states.chunk(2, dim=-1)\n"
+    "up_states = up_states * self.activation_fn(gate)\nreturn self.down_proj(up_states)": Form(
+        "gate_up_proj", "activation_fn", "down_proj", packed=True
+    ),
+    "hidden_gelu = self.act(self.wi_0(x))\nhidden_linear = self.wi_1(x)\nhidden_states = hidden_gelu * hidden_linear\n"
+    f"hidden_states = self.dropout(hidden_states)\n{_T5_CAST}hidden_states = self.wo(hidden_states)\n"
+    "return hidden_states": Form("wi_1", "act", "wo", "wi_0", dropout="dropout"),
+    "hidden_states = self.wi(x)\nhidden_states = self.act(hidden_states)\n"
+    f"hidden_states = self.dropout(hidden_states)\n{_T5_CAST}hidden_states = self.wo(hidden_states)\n"
+    "return hidden_states": Form("wi", "act", "wo", dropout="dropout"),
+    "hidden_states = self.fc1(x)\nhidden_states = self.activation_fn(hidden_states)\n"
+    "hidden_states = self.fc2(hidden_states)\nreturn hidden_states": Form("fc1", "activation_fn", "fc2"),
+    "hidden_states = self.c_fc(x)\nhidden_states = self.act(hidden_states)\n"
+    "hidden_states = self.c_proj(hidden_states)\nhidden_states = self.dropout(hidden_states)\n"
+    "return hidden_states": Form("c_fc", "act", "c_proj", out_dropout="dropout"),
+    "x = self.act(self.dense_h_to_4h(x))\nx = self.dense_4h_to_h(x)\nreturn x": Form(
+        "dense_h_to_4h", "act", "dense_4h_to_h"
+    ),
+}
+# BERT and its kin: the feed-forward layer is two modules, which a method of a third puts together
+CHUNK = (
+    "intermediate_output = self.intermediate(x)\nlayer_output = self.output(intermediate_output, x)\n"
+    "return layer_output"
+)
+INTERMEDIATE = (
+    "hidden_states = self.dense(x)\nhidden_states = self.intermediate_act_fn(hidden_states)\nreturn hidden_states"
+)
+OUTPUT = (
+    "hidden_states = self.dense(x)\nhidden_states = self.dropout(hidden_states)\n"
+    "hidden_states = self.LayerNorm(hidden_states + input_tensor)\nreturn hidden_states"
+)
+
+
+@cache
+def code_of(cls: type, method: str = "forward") -> str | None:
+    """The body of a method as text, without docstring and annotations, its first argument named x up to the first
+    statement that binds it anew; None where there is no source."""
+    try:
+        source = inspect.getsource(inspect.unwrap(getattr(cls, method)))
+        function = ast.parse(textwrap.dedent(source)).body[0]
+    except (AttributeError, OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return None
+    name, body = function.args.args[1].arg, function.body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    for statement in body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                node.id = "x"
+        if any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(statement)):
+            break
+    return "\n".join(map(ast.unparse, body))
+
+
+def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [N, K] and bias of a plain linear layer, or of a transposed Conv1D; None where it may not be read."""
+    if type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils":
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        plain = not hooked and "forward" not in layer.__dict__ and type(layer.weight) is nn.Parameter
+        return (layer.weight.t(), layer.bias) if plain else None
+    return (layer.weight, layer.bias) if why_not_exact(layer) is None else None
+
+
+def activation_of(act: nn.Module) -> str | None:
+    """The operators' name of an activation module."""
+    if type(act) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate]
+    return ACTIVATIONS.get(type(act).__name__)
+
+
+class Parts(NamedTuple):
+    """The modules of one feed-forward layer."""
+
+    up: nn.Module
+    act: nn.Module
+    down: nn.Module
+    gate: nn.Module | None = None
+    packed: bool = False
+
+
+def why_not_fused(parts: Parts) -> str | None:
+    """Why act(gate) * up * l, or act(up) * l, cannot be one operator; None if it can."""
+    if activation_of(parts.act) is None or parts.act._forward_hooks or parts.act._forward_pre_hooks:
+        return f"activation {type(parts.act).__name__}"
+    if not isinstance(parts.down, MixedLinear):
+        return "no (IA)^3 vector at its end"
+    if not parts.down.is_feedforward:
+        return "its (IA)^3 vector scales the output"
+    for layer in (parts.gate, parts.up):
+        if layer is not None and weight_of(layer) is None:
+            return why_not_exact(layer) or "has hooks"
+    return None
+
+
+def hidden(parts: Parts, x: Tensor) -> Tensor | None:
+    """act(gate(x)) * up(x) * l[t] in one operator; None where it has to be done in steps."""
+    selected = _selection(parts, x)
+    if selected is None:
+        return None
+    (table, ids), act = selected, activation_of(parts.act)
+    weight, bias = weight_of(parts.up)
+    if parts.packed:
+        gate_weight, weight = weight.chunk(2)
+        gate_bias, bias = (None, None) if bias is None else bias.chunk(2)
+    elif parts.gate is not None:
+        gate_weight, gate_bias = weight_of(parts.gate)
+    else:
+        return ia3_linear(x, weight, bias, ia3_l=table, task_ids=ids, activation=act)
+    return ia3_glu_linear(x, gate_weight, weight, gate_bias, bias, ia3_l=table, task_ids=ids, activation=act)
+
+
+def prepare_hidden(parts: Parts, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The same for a CPU and the rest of a call: the layers as they are, and one pass over what they make."""
+    selected = None if x.is_cuda else _selection(parts, x)
+    if selected is None:
+        return None
+    (table, ids), act, gate, up = selected, activation_of(parts.act), parts.gate, parts.up
+    if parts.packed:
+        return lambda x: glu_known(*up(x).chunk(2, dim=-1), table, ids, act)
+    if gate is not None:
+        return lambda x: glu_known(gate(x), up(x), table, ids, act)
+    return lambda x: scale_known(up(x), table, ids, act)
+
+
+def _selection(parts: Parts, x: Tensor) -> tuple | None:
+    if why_not_fused(parts) is not None or parts.down.needs_peft(x):
+        return None
+    if x.dtype != weight_of(parts.up)[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    return parts.down.selection(x)
+
+
+class MixedMLP(Swapped):
+    """A feed-forward layer of one of FORMS: all before its last layer in one operator, which the scale is part of."""
+
+    def peft_ops_parts(self) -> Parts:
+        form = self._peft_ops_form
+        gate = None if form.gate is None else getattr(self, form.gate)
+        return Parts(getattr(self, form.up), getattr(self, form.act), getattr(self, form.down), gate, form.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = step_of(self, x)
+        return self.unprepared(x) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        parts, form = self.peft_ops_parts(), self._peft_ops_form
+        before = prepare_hidden(parts, x)
+        if before is None or form.dropout is not None or form.out_dropout is not None:
+            return self.unprepared if before is None else lambda x: self.after(parts, before(x))
+        down = parts.down.base_layer
+        return lambda x: down(before(x))
+
+    def after(self, parts: Parts, h: Tensor) -> Tensor:
+        form = self._peft_ops_form
+        if form.dropout is not None:  # T5's, which also keeps its last layer in fp32
+            h = getattr(self, form.dropout)(h).to(parts.down.base_layer.weight.dtype)
+        y = parts.down.base_layer(h)
+        return y if form.out_dropout is None else getattr(self, form.out_dropout)(y)
+
+    def unprepared(self, x: Tensor) -> Tensor:
+        parts = self.peft_ops_parts()
+        h = hidden(parts, x)
+        return super().forward(x) if h is None else self.after(parts, h)
+
+
+class MixedChunk(Swapped):
+    """A layer of BERT's kind, whose feed-forward layer is `intermediate` and `output`."""
+
+    def peft_ops_parts(self) -> Parts:
+        return Parts(self.intermediate.dense, self.intermediate.intermediate_act_fn, self.output.dense)
+
+    def feed_forward_chunk(self, x: Tensor) -> Tensor:
+        step = step_of(self, x)
+        return self.unprepared(x) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        parts = self.peft_ops_parts()
+        before = None if self._hooked() else prepare_hidden(parts, x)
+        return self.unprepared if before is None else lambda x: self.after(parts, before(x), x)
+
+    def after(self, parts: Parts, h: Tensor, x: Tensor) -> Tensor:
+        output = self.output
+        return output.LayerNorm(output.dropout(parts.down.base_layer(h)) + x)
+
+    def unprepared(self, x: Tensor) -> Tensor:
+        parts = self.peft_ops_parts()
+        h = None if self._hooked() else hidden(parts, x)
+        return super().feed_forward_chunk(x) if h is None else self.after(parts, h, x)
+
+    def _hooked(self) -> bool:
+        return any(module._forward_hooks or module._forward_pre_hooks for module in (self.intermediate, self.output))
+
+
+def is_chunk(module: nn.Module) -> bool:
+    """A module with BERT's feed-forward code, in all three places."""
+    inner, outer = getattr(module, "intermediate", None), getattr(module, "output", None)
+    if not isinstance(inner, nn.Module) or not isinstance(outer, nn.Module):
+        return False
+    codes = code_of(type(module), "feed_forward_chunk"), code_of(type(inner)), code_of(type(outer))
+    return codes == (CHUNK, INTERMEDIATE, OUTPUT)
+
+
+# the two projections of one x that PEFT adapts in each family, in the order in which attention calls them
+PAIRS = (
+    ("k_proj", "v_proj"), ("q_proj", "v_proj"), ("q_proj", "k_proj"), ("key", "value"), ("query", "value"), ("k", "v"),
+    ("key_proj", "value_proj"),
+)  # fmt: skip
+
+
+class PairFirst(MixedLinear):
+    """The projection that is called first: it computes both where both read the same x, and leaves the other's."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        second = self._peft_ops_second[0]
+        if args or kwargs or not use_triton("ia3_kv_linear", x) or second._peft_ops_alone or why_not_pair(self, second):
+            return super().forward(x, *args, **kwargs)
+        call = call_of(self._peft_ops)
+        if call is not None and call.uses_bank(self) != call.uses_bank(second):
+            return super().forward(x)
+        if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        mine, others = self.selection(x), second.selection(x)
+        if mine is None or others is None:
+            return super().forward(x)
+        a, b = self.base_layer, second.base_layer
+        y, other = ia3_kv_linear(
+            x, a.weight, b.weight, a.bias, b.bias, k_ia3_l=mine[0], v_ia3_l=others[0], task_ids=mine[1]
+        )
+        second._peft_ops_kept = x, writes(x), other
+        return y
+
+
+class PairSecond(MixedLinear):
+    """The projection that is called second, and finds its result if it is given the very tensor that the first was."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        kept = self._peft_ops_kept
+        if kept is not None:
+            self._peft_ops_kept = None
+            if kept[0] is x and kept[1] == writes(x) and not args and not kwargs:
+                return kept[2]
+            self._peft_ops_alone = True  # cross attention: the two read different tensors, and one product was wasted
+        return super().forward(x, *args, **kwargs)
+
+
+def why_not_pair(first: nn.Module, second: nn.Module) -> str | None:
+    if first.is_feedforward or second.is_feedforward:
+        return "scales its input"
+    a, b = first.base_layer, second.base_layer
+    why = why_not_exact(a) or why_not_exact(b)
+    if why is None and (a.in_features != b.in_features or a.weight.dtype != b.weight.dtype):
+        return "the two layers differ in width or dtype"
+    return why

@@ -1,0 +1,221 @@
+"""PEFT's (IA)^3 layers with one operator each, and every row's own adapter where the call names them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peft_ops.integrations._calls import Call, call_of, forget_steps, step_of
+from peft_ops.integrations._swap import Swapped
+from peft_ops.ops.ia3_linear import ia3_linear
+from peft_ops.ops.ia3_scale import ia3_scale, scale_known
+from peft_ops.reference import TaskPlan
+
+ATTRIBUTES = "_peft_ops", "_peft_ops_key"
+
+
+def why_not_exact(layer: nn.Module) -> str | None:
+    """Why a layer is not a plain nn.Linear whose weight an operator may read past its forward; None if it is."""
+    if type(layer) is not nn.Linear:
+        return f"{type(layer).__name__}, not nn.Linear"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced (offloaded?)"
+    if type(layer.weight) not in (nn.Parameter, Tensor):
+        return f"weight is a {type(layer.weight).__name__}"
+    if not layer.weight.dtype.is_floating_point or layer.weight.dtype.itemsize < 2:
+        return f"weight is {layer.weight.dtype}"
+    return None
+
+
+def _switch(name: str) -> Callable:
+    """A method of PEFT's layers by which what they compute changes."""
+
+    def method(self, *args, **kwargs):
+        forget_steps(self._peft_ops)
+        return getattr(super(MixedLayer, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+class MixedLayer(Swapped):
+    """What the layers share: the vectors that a call, or PEFT's own switches, select."""
+
+    enable_adapters, set_adapter, delete_adapter = map(_switch, ("enable_adapters", "set_adapter", "delete_adapter"))
+    merge, unmerge = map(_switch, ("merge", "unmerge"))
+
+    def _call(self) -> Call | None:
+        call = call_of(self._peft_ops)
+        if call is not None and not self.disable_adapters and self.merged:
+            raise ValueError(
+                f"adapter_names: {self.merged_adapters[0]!r} is merged into {self._peft_ops_key}; call "
+                f"model.unmerge_adapter() before a batch names its adapters"
+            )
+        return call
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.ia3_l]
+
+    def _product(self, active: list[str]) -> Tensor:
+        scale = self.ia3_l[active[0]].flatten()
+        for name in active[1:]:
+            scale = (scale * self.ia3_l[name].flatten()).to(scale.dtype)  # PEFT's is in place: the first's dtype stays
+        return scale
+
+    def _narrows(self, dtype: torch.dtype, names) -> bool:
+        """A feed-forward input that PEFT rounds to the vector's dtype before it multiplies: its own arithmetic then."""
+        names = [name for name in names if name in self.ia3_l]
+        return any(torch.promote_types(dtype, self.ia3_l[name].dtype) != self.ia3_l[name].dtype for name in names)
+
+
+class MixedLinear(MixedLayer):
+    """peft.tuners.ia3.Linear: y = base(x) * l[t], or base(x * l[t]) with is_feedforward."""
+
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
+        """The table and the ids that x runs with; None where the base layer runs alone."""
+        call = self._call()
+        if self.disable_adapters or self.merged:
+            return None
+        if call is not None:
+            return call.select(self, self.ia3_l, self._features, x)
+        active = self._active()
+        return (self._product(active).unsqueeze(0), None) if active else None
+
+    @property
+    def _features(self) -> int:
+        return self.in_features if self.is_feedforward else self.out_features
+
+    def needs_peft(self, x: Tensor) -> bool:
+        """PEFT's arithmetic differs from the operator's: the vectors are narrower than a feed-forward input."""
+        call = call_of(self._peft_ops)
+        return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        step = None if args or kwargs else step_of(self, x)
+        return self.unprepared(x, *args, **kwargs) if step is None else step(x)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        call = call_of(self._peft_ops)
+        selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
+        if selected is None or self.needs_peft(x):
+            return self.unprepared
+        (table, ids), base = selected, self.base_layer
+        if self.is_feedforward:
+            return lambda x: base(scale_known(x, table, ids))
+        return lambda x: scale_known(base(x), table, ids)
+
+    def unprepared(self, x: Tensor, *args, **kwargs) -> Tensor:
+        call = call_of(self._peft_ops)
+        if call is not None and call.is_flat(x, self):
+            return self.unprepared(x.unflatten(0, (len(call.rows), -1)), *args, **kwargs).flatten(0, 1)
+        selected = self.selection(x)
+        if selected is None:
+            return super().forward(x, *args, **kwargs)  # unmerges, too, as PEFT does where adapters are disabled
+        if self.needs_peft(x):
+            return self._as_peft(x, *args, **kwargs)
+        table, ids = selected
+        base = self.base_layer
+        if x.is_cuda and not args and not kwargs and why_not_exact(base) is None:
+            return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
+        if self.is_feedforward:
+            return base(ia3_scale(x, table, ids), *args, **kwargs)
+        return ia3_scale(base(x, *args, **kwargs), table, ids)
+
+    def _as_peft(self, x: Tensor, *args, **kwargs) -> Tensor:
+        call = call_of(self._peft_ops)
+        if call is None:
+            return super().forward(x, *args, **kwargs)
+
+        def scaled(name: str | None) -> Tensor:
+            if name not in self.ia3_l:
+                return x
+            scale = self.ia3_l[name]
+            return (x.to(scale.dtype) * scale.flatten()).to(x.dtype)
+
+        names = list(dict.fromkeys(call.rows))
+        return self.base_layer(call.by_row(x, self, names, scaled), *args, **kwargs)
+
+
+class MixedConv(MixedLayer):
+    """peft.tuners.ia3.Conv2d and Conv3d: PEFT's arithmetic, chosen by row."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        call = self._call()
+        if call is None or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        weight_dtype = self.get_base_layer().weight.dtype
+
+        def scaled(y: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
+            if name not in self.ia3_l:
+                return y.to(dtype)
+            return (y.to(self.ia3_l[name].dtype) * self.ia3_l[name]).to(dtype)
+
+        names = list(dict.fromkeys(call.rows))
+        if self.is_feedforward:
+            y = call.by_row(x, self, names, lambda name: scaled(x, name, weight_dtype))
+            return self.base_layer(y, *args, **kwargs).to(x.dtype)
+        y = self.base_layer(x, *args, **kwargs)
+        return call.by_row(y, self, names, lambda name: scaled(y, name, x.dtype))
+
+
+class MixedQuantized(MixedLayer):
+    """peft.tuners.ia3's bitsandbytes layers: PEFT's arithmetic, chosen by row."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        call = self._call()
+        if call is None or self.disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        x = x if torch.is_autocast_enabled() or x.dtype == torch.float32 else x.float()
+
+        def scaled(y: Tensor, name: str | None) -> Tensor:
+            return y * self.ia3_l[name].flatten() if name in self.ia3_l else y
+
+        names = list(dict.fromkeys(call.rows))
+        if self.is_feedforward:
+            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)))
+        y = self.base_layer(x)
+        return call.by_row(y, self, names, lambda name: scaled(y, name)).to(y.dtype)
+
+
+class MixedHead(Swapped):
+    """peft.utils.ModulesToSaveWrapper: a head of each adapter's own; rows of other adapters get the original."""
+
+    def forward(self, *args, **kwargs):
+        call = call_of(self._peft_ops)
+        if call is None or self.disable_adapters:
+            return super().forward(*args, **kwargs)
+        args, names = list(args), list(dict.fromkeys(call.rows))
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(f"adapter_names: {self._peft_ops_key} must be called with a tensor first, to tell its rows")
+        x = args[0]
+        masks = dict(zip(names, call.masks(x, self, names), strict=True))
+        heads: dict[nn.Module, Tensor] = {}
+        for name in names:
+            head = self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            heads[head] = heads[head] | masks[name] if head in heads else masks[name]
+        out = None
+        for head, mask in heads.items():
+            # rows of others are zero: in the backward, 0 times their NaN would reach this head's weights
+            mine = x if len(heads) == 1 else torch.where(mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            y = head(mine, *args[1:], **kwargs)
+            if not isinstance(y, Tensor):
+                raise TypeError(f"adapter_names: {self._peft_ops_key} must return a tensor, got {type(y).__name__}")
+            out = y if out is None else torch.where(mask.view(-1, *[1] * (y.dim() - 1)), y, out)
+        return out
+
+
+class BankLinear(Swapped):
+    """A linear layer that PEFT left alone and a TaskBank has vectors for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = call_of(self._peft_ops)
+        if call is None:
+            return super().forward(x)
+        if call.is_flat(x, self):
+            return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
+        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+        if self._peft_ops_feedforward:
+            return super().forward(ia3_scale(x, table, ids))
+        return ia3_scale(super().forward(x), table, ids)

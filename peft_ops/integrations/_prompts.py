@@ -1,0 +1,162 @@
+"""Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from peft_ops.integrations._calls import Call
+from peft_ops.ops.prompt_concat import prompt_concat
+from peft_ops.reference import PromptBatch
+
+KINDS = "PROMPT_TUNING", "P_TUNING"
+
+
+def prompt_of(model: nn.Module, name: str) -> Tensor | None:
+    """An adapter's prompt [P, E] as PEFT computes it, differentiable; None for an adapter without one.
+
+    An encoder-decoder's table holds a second prompt, for the decoder, which PEFT does not use with these methods.
+    """
+    config = model.peft_config.get(name)
+    if config is None or not config.is_prompt_learning:
+        return None
+    encoder, P = model.prompt_encoder[name], config.num_virtual_tokens
+    if config.inference_mode:
+        return encoder.embedding.weight[:P]
+    tokens = model.prompt_tokens[name].unsqueeze(0).to(encoder.embedding.weight.device)
+    return encoder(tokens)[0, :P]
+
+
+def has_prompts(model: nn.Module, call: Call) -> bool:
+    """Whether any name of the batch has a prompt, in the model or in its bank."""
+    learned = any(name in model.peft_config and model.peft_config[name].is_prompt_learning for name in call.names)
+    return learned or any(held.num_virtual_tokens for held in call.held.values())
+
+
+def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts [tasks, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
+    device, bank = model.get_base_model().get_input_embeddings().weight.device, call.shared.bank
+    slots = {name: held.slot for name, held in call.held.items() if held.num_virtual_tokens}
+    learned = {name: prompt for name in call.names if (prompt := prompt_of(model, name)) is not None}
+    if not learned:  # the bank's own tables
+        table, lengths, index = bank.prompts, bank.prompt_lengths, slots
+    else:
+        prompts = list(learned.values())
+        prompts += [bank.prompts[slot, : call.held[name].num_virtual_tokens] for name, slot in slots.items()]
+        table = nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        index = {name: i for i, name in enumerate([*learned, *slots])}
+    return table, lengths, torch.tensor([index.get(name, -1) for name in call.rows], device=device)
+
+
+def with_prompts(
+    model: nn.Module,
+    prompts: tuple[Tensor, Tensor, Tensor],
+    left: bool,
+    input_ids,
+    inputs_embeds,
+    mask,
+    labels,
+) -> PromptBatch:
+    table, lengths, ids = prompts
+    module = model.get_base_model().get_input_embeddings()
+    plain = type(module) is nn.Embedding and module.max_norm is None and "forward" not in module.__dict__
+    if inputs_embeds is None and (not plain or module._forward_hooks or module._forward_pre_hooks):
+        inputs_embeds, input_ids = module(input_ids), None  # Gemma's, which scales; PEFT's own, which has hooks
+    return prompt_concat(
+        input_ids, module.weight if inputs_embeds is None else None, table, ids, prompt_lengths=lengths,
+        attention_mask=mask, labels=labels, inputs_embeds=inputs_embeds,
+        padding_side="left" if left else "right",
+    )  # fmt: skip
+
+
+def positions_of(base: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids that count real tokens, if the model's forward takes any: RoBERTa and its kin count from
+    padding_idx + 1; T5's are relative, and Bloom's come from the mask."""
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        return {}
+    real = mask != 0
+    positions = torch.where(real, real.cumsum(1) - 1, 0)
+    for name, module in base.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return {"position_ids": torch.where(real, positions + module.padding_idx + 1, module.padding_idx)}
+    return {"position_ids": positions}
+
+
+def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
+    mask, bank = kwargs.get("attention_mask"), call.shared.bank
+    some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
+    if not some or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return kwargs
+    return kwargs | positions_of(model.get_base_model(), mask)
+
+
+def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
+    """What belongs to the tokens [B, S] at the slots that hold them now [B, P + S], `fill` elsewhere."""
+    return torch.where(token_map >= 0, values.gather(1, token_map.clamp(min=0)), fill)
+
+
+def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The base model's arguments with the prompts in them.
+
+    Spare slots of shorter prompts stand at the front for a decoder, so that token s of every row is at P + s, and at
+    the back for an encoder, whose first slot is what a classifier reads.
+    """
+    prompts, base = prompts_of(model, call), model.get_base_model()
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    for name in ("start_positions", "end_positions", "past_key_values"):
+        if name in kwargs:
+            raise ValueError(f"adapter_names: {name} cannot be given together with prompt adapters")
+    kwargs.pop("position_ids", None)  # as PEFT: the prompt moves them
+    ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
+    if ids is None and embeds is None:
+        raise ValueError("adapter_names: input_ids or inputs_embeds must be given with prompt adapters, got neither")
+    labels = kwargs.get("labels")
+    decoder_only = not base.config.is_encoder_decoder
+    per_token = labels is not None and decoder_only and labels.shape == (ids if embeds is None else embeds).shape[:2]
+    left, mask = decoder_only and is_decoder(base), kwargs.get("attention_mask")
+    batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
+    kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
+    if per_token:
+        # the shift of a decoder's loss drops the first slot, which was a base row's first token: nothing predicts it
+        first = (batch.position_ids == 0) & (batch.attention_mask != 0)
+        kwargs["labels"] = batch.labels.masked_fill(first, -100) if left else batch.labels
+    if "token_type_ids" in kwargs:
+        kwargs["token_type_ids"] = follow(kwargs["token_type_ids"], batch.token_map, 0)
+    return kwargs | positions_of(base, batch.attention_mask)
+
+
+def is_decoder(base: nn.Module) -> bool:
+    """A decoder's result is read at its last token, an encoder's at its first slot."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = base.config.model_type
+    causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return causal or getattr(base.config, "is_decoder", False)
+
+
+def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
+    """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
+    prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
+    if args:
+        kwargs["input_ids"], *rest = args
+        if rest:
+            raise TypeError("adapter_names: generate() with prompt adapters takes keyword arguments")
+    ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
+    if ids is None or kwargs.get("inputs_embeds") is not None:
+        raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")
+    encoder_decoder = base.config.is_encoder_decoder
+    batch = with_prompts(model, prompts, not encoder_decoder, ids, None, kwargs.get("attention_mask"), None)
+    kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
+    if encoder_decoder:
+        return kwargs
+    # transformers takes the embeddings' length off a total length, where the ids' is meant
+    config = kwargs.get("generation_config") or base.generation_config
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        wanted = kwargs.pop(total, None) or getattr(config, total, None)
+        if wanted and kwargs.get(new) is None and getattr(config, new, None) is None:
+            if total == "max_length" and wanted <= ids.shape[1]:
+                raise ValueError(f"adapter_names: max_length must exceed the {ids.shape[1]} input ids, got {wanted}")
+            kwargs[new] = max(wanted - ids.shape[1], 0)
+    return kwargs | {"input_ids": ids}

@@ -1,0 +1,449 @@
+"""`adapter_names` for (IA)^3 and prompt adapters in PEFT models: every row of a batch with its own."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peft_ops.integrations import _fused, _layers
+from peft_ops.integrations._calls import Call, Shared, calling, current_call
+from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts, without_prompts
+from peft_ops.integrations._swap import Swapped, swap, unswap
+from peft_ops.nn.task_bank import BASE
+
+OLDEST = "0.19"
+FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
+
+
+def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
+    """Give a PEFT model `adapter_names` for (IA)^3, P-Tuning and prompt tuning, and faster layers.
+
+    In place; weights are shared, and state_dict, save_pretrained, load_adapter, set_adapter, disable_adapter,
+    merge_and_unload and the like stay PEFT's. Afterwards
+
+        model(**batch, adapter_names=["reviews", "legal", "__base__"])
+        model.generate(**batch, adapter_names=[...])
+
+    gives each row what its own adapter alone would have given it in a batch of that shape; in training mode too, where
+    each adapter gets the gradient of its own rows. Without adapter_names the model computes what PEFT computes. With
+    them prompts stand right before the first real token, which PEFT's do not where padding is on the left; slots that
+    shorter prompts leave over are at the front for decoders and at the back for encoders.
+
+    Args:
+        model: a peft.PeftModel with adapters of type IA3, or of types P_TUNING and PROMPT_TUNING.
+        bank: a peft_ops.nn.TaskBank that serves the names which the model has not loaded; its modules are named as in
+            the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors.
+        level: "auto" takes the widest operator that a module's own code allows (`report` lists them); "module" keeps
+            one operator per PEFT layer, which on a CPU is bitwise PEFT's result.
+
+    Raises:
+        TypeError: the model is no PeftModel.
+        ValueError: it holds adapters of another type.
+        RuntimeError: the installed PEFT computes something else than the releases that this was written for.
+    """
+    peft = _checked_peft()
+    if not isinstance(model, peft.PeftModel):
+        raise TypeError(f"accelerate: model must be a peft.PeftModel, got {type(model).__name__}")
+    if level not in ("auto", "module"):
+        raise ValueError(f"accelerate: level must be 'auto' or 'module', got {level!r}")
+    _check_kinds(model)
+    if isinstance(model, Swapped):
+        restore(model)
+    swap(model, MixedModel, _peft_ops=Shared(level, bank))
+    try:
+        _swap_layers(model)
+    except ValueError:
+        restore(model)
+        raise
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`: every module is of the class that it was of, nothing is left behind."""
+    for module in [*model.modules()]:
+        if isinstance(module, Swapped):
+            unswap(module, *_ATTRIBUTES)
+    for module in model.modules():
+        func = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(func, _Checkpoint):
+            module._gradient_checkpointing_func = func.func
+    return model
+
+
+_ATTRIBUTES = (
+    "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second", "_peft_ops_kept",
+    "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward",
+)  # fmt: skip
+
+
+@contextmanager
+def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Calls inside have these adapter names: for a decoding loop of one's own, whose tables are then made once.
+
+    Prompt adapters belong to inputs, not to layers: give their names to the call that takes the text.
+    """
+    shared = _shared_of(model)
+    with ExitStack() as stack:
+        call = _call(model, adapter_names, None, exact=False, stack=stack)
+        if has_prompts(model, call):
+            raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
+        stack.enter_context(calling(call))
+        shared.mixed |= torch.is_grad_enabled()
+        yield
+
+
+class Row(NamedTuple):
+    """One line of `report`."""
+
+    module: str
+    operator: str
+    why_not_higher: str
+
+
+def report(model: nn.Module, file=None) -> list[Row]:
+    """Print which operator serves each adapted module, and why none that does more; returns the same as rows."""
+    _shared_of(model)
+    rows, base = [], model.get_base_model()
+    inside = {}
+    for name, module in base.named_modules():
+        if isinstance(module, (_fused.MixedMLP, _fused.MixedChunk)):
+            parts = module.peft_ops_parts()
+            inside[parts.down] = name, parts
+    for name, module in base.named_modules():
+        if isinstance(module, (_layers.MixedLayer, _layers.MixedHead, _layers.BankLinear)):
+            rows.append(Row(name, *_operator_of(module, inside.get(module))))
+    width = max([len(row.module) for row in rows], default=0)
+    for row in rows:
+        print(f"{row.module:{width}}  {row.operator:16}  {row.why_not_higher}".rstrip(), file=file)
+    return rows
+
+
+def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
+    if isinstance(module, _layers.MixedHead):
+        return "heads by row", ""
+    if isinstance(module, (_layers.MixedConv, _layers.MixedQuantized)):
+        return "PEFT by row", type(module.get_base_layer()).__name__
+    if isinstance(module, _layers.BankLinear):
+        return "ia3_scale", "no PEFT layer, a bank's vectors only"
+    if mlp is not None:
+        name, parts = mlp
+        why = _fused.why_not_fused(parts)
+        if why is None:
+            operator = "ia3_glu_linear" if parts.gate is not None or parts.packed else "ia3_linear"
+            return operator, f"with {name}"
+        return "ia3_scale", why
+    exact = _layers.why_not_exact(module.base_layer)
+    if isinstance(module, (_fused.PairFirst, _fused.PairSecond)):
+        first = module if isinstance(module, _fused.PairFirst) else module._peft_ops_first[0]
+        why = _fused.why_not_pair(first, first._peft_ops_second[0])
+        if why is None:
+            return "ia3_kv_linear", "on a GPU; ia3_scale on a CPU"
+    if exact is not None:
+        return "ia3_scale", exact
+    if module.is_feedforward:
+        return "ia3_linear", "no feed-forward code that an operator computes"
+    return "ia3_linear", "no second projection of the same input"
+
+
+def _checked_peft():
+    """The peft package, if its (IA)^3 layer computes what ours does; tried on a layer of 4 x 3."""
+    import peft
+
+    global _probed
+    if not _probed:
+        try:
+            problem = _probe()
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem is not None:
+            raise RuntimeError(
+                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ({OLDEST} and "
+                f"later): {problem}. Update peft_ops, or use another release of peft"
+            )
+        _probed = True
+    return peft
+
+
+@torch.no_grad()
+def _probe() -> str | None:
+    from peft.tuners import ia3
+
+    with torch.device("cpu"):
+        for is_feedforward in (False, True):
+            base = nn.Linear(4, 3, dtype=torch.float32)
+            layer = ia3.Linear(base, "a", config=ia3.IA3Config(), is_feedforward=is_feedforward)
+            layer.update_layer("b", config=ia3.IA3Config())
+            for name, end in (("a", 2.0), ("b", 3.0)):
+                vector = layer.ia3_l[name]
+                vector.copy_(torch.linspace(-1, end, vector.numel()).view_as(vector))
+            layer.set_adapter(["a", "b"])
+            x = torch.linspace(-1, 1, 8).view(2, 4)
+            want = layer(x)
+            swap(layer, _layers.MixedLinear, _peft_ops=Shared("module"), _peft_ops_key="probe")
+            if not torch.equal(layer(x), want):
+                return "its layers compute something else"
+    return None
+
+
+_probed = False
+
+
+def _kind(model: nn.Module, name: str) -> str | None:
+    config = model.peft_config.get(name)
+    return None if config is None else getattr(config.peft_type, "value", str(config.peft_type))
+
+
+def _check_kinds(model: nn.Module) -> None:
+    for name in model.peft_config:
+        if _kind(model, name) not in ("IA3", *KINDS):
+            raise ValueError(
+                f"accelerate: adapters must be of type IA3, {' or '.join(KINDS)}, got {_kind(model, name)} ({name!r})"
+            )
+
+
+def _shared_of(model: nn.Module) -> Shared:
+    if not isinstance(model, MixedModel):
+        raise TypeError(f"model must have been given to peft_ops.accelerate, got {type(model).__name__}")
+    return model._peft_ops
+
+
+def _swap_layers(model: nn.Module) -> None:
+    """Give every adapted module its mixin; those that have one keep it."""
+    from peft.tuners import ia3
+    from peft.utils import ModulesToSaveWrapper
+
+    shared, base = model._peft_ops, model.get_base_model()
+    shared.configs = list(model.peft_config.values())
+    kinds = [(ia3.Linear, _layers.MixedLinear), ((ia3.Conv2d, ia3.Conv3d), _layers.MixedConv)]
+    quantized = tuple(cls for name in ("Linear8bitLt", "Linear4bit") if (cls := getattr(ia3, name, None)) is not None)
+    kinds += [(quantized, _layers.MixedQuantized), (ModulesToSaveWrapper, _layers.MixedHead)]
+    for name, module in base.named_modules():
+        if isinstance(module, Swapped):
+            continue
+        mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
+        if mixin is not None:
+            swap(module, mixin, _peft_ops=shared, _peft_ops_key=name)
+        elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
+            feedforward = _scales_input(module, name, shared.bank)
+            swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
+    if shared.bank is not None:
+        _check_bank(base, shared.bank)
+    for module in base.modules():
+        if type(module).__name__ in FLATTENING:
+            for child in module.children():
+                if isinstance(child, (_layers.MixedLinear, _layers.BankLinear)):
+                    child._peft_ops_flat = True
+        if shared.level == "auto" and not isinstance(module, Swapped):
+            _swap_fused(module, shared)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
+    if isinstance(module, (nn.Linear, _layers.MixedLinear)):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return module.nx, module.nf
+    return None
+
+
+def _scales_input(module: nn.Module, name: str, bank) -> bool:
+    width, sizes = bank.widths[name], _features(module)
+    if bank.feedforward is not None:
+        return name in bank.feedforward
+    if width not in sizes or sizes[0] == sizes[1]:
+        raise ValueError(
+            f"accelerate: bank must say with TaskBank(feedforward=[...]) whether {width} features scale the input or "
+            f"the output of {name}, which maps {sizes[0]} to {sizes[1]} features"
+        )
+    return width == sizes[0]
+
+
+def _check_bank(base: nn.Module, bank) -> None:
+    """Every module of the bank is one of the model's, as wide, and scaled on the same side."""
+    found = dict(base.named_modules())
+    for name, width in bank.widths.items():
+        layer = found.get(name)
+        if isinstance(layer, _layers.BankLinear):
+            is_input = layer._peft_ops_feedforward
+        elif isinstance(layer, _layers.MixedLinear):
+            is_input = layer.is_feedforward
+        else:
+            got = "no such module" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(f"accelerate: bank must hold linear layers of the model, got {name!r}, {got}")
+        layer_width = _features(layer)[0 if is_input else 1]
+        if width != layer_width or (bank.feedforward is not None and is_input != (name in bank.feedforward)):
+            raise ValueError(
+                f"accelerate: bank must hold {layer_width} features for the {'input' if is_input else 'output'} of "
+                f"{name!r}, got {width} features{'' if width != layer_width else ' for the other side'}"
+            )
+    if bank.prompts is not None:
+        width = base.get_input_embeddings().weight.shape[1]
+        if bank.prompts.shape[2] != width:
+            raise ValueError(f"accelerate: bank must hold prompts of {width} features, got {bank.prompts.shape[2]}")
+
+
+def _swap_fused(module: nn.Module, shared: Shared) -> None:
+    form = _fused.FORMS.get(_fused.code_of(type(module)))
+    if form is not None and isinstance(getattr(module, form.down, None), _layers.MixedLinear):
+        swap(module, _fused.MixedMLP, _peft_ops=shared, _peft_ops_form=form)
+    elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.MixedLinear):
+        swap(module, _fused.MixedChunk, _peft_ops=shared)
+    for names in _fused.PAIRS:
+        pair = [getattr(module, name, None) for name in names]
+        if all(type(layer) is type(pair[0]) and _is_plain_linear(layer) for layer in pair):
+            if _fused.why_not_pair(*pair) is None:
+                first, second = pair
+                _change_mixin(first, _fused.PairFirst, _peft_ops_second=(second,))
+                _change_mixin(
+                    second, _fused.PairSecond, _peft_ops_first=(first,), _peft_ops_kept=None, _peft_ops_alone=False
+                )
+                break
+
+
+def _is_plain_linear(layer) -> bool:
+    return isinstance(layer, _layers.MixedLinear) and not isinstance(layer, (_fused.PairFirst, _fused.PairSecond))
+
+
+def _change_mixin(module: nn.Module, mixin: type, **attributes) -> None:
+    unswap(module)
+    swap(module, mixin, **attributes)
+
+
+class _Checkpoint:
+    """A checkpointing function that runs again under the adapter names that it ran under first."""
+
+    def __init__(self, func):
+        self.func = func
+
+    def __call__(self, function, *args, **kwargs):
+        call = current_call()
+
+        def run(*args, **kwargs):
+            with calling(call):
+                return function(*args, **kwargs)
+
+        return self.func(run, *args, **kwargs)
+
+
+class MixedModel(Swapped):
+    """peft.PeftModel with adapter_names."""
+
+    def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        if adapter_names is None:
+            with calling(self._unnamed()):
+                return super().forward(*args, **kwargs)
+        with ExitStack() as stack:
+            call = _call(self, adapter_names, _rows(args, kwargs), exact=True, stack=stack)
+            if torch.is_grad_enabled():
+                self._peft_ops.mixed = True
+                self._keep_calls_through_checkpoints()
+            stack.enter_context(calling(call))
+            base = self.get_base_model()
+            if has_prompts(self, call):
+                named = inspect.signature(base.forward).bind_partial(*args).arguments
+                return base(**forward_inputs(self, call, named | kwargs))
+            kwargs = without_prompts(self, call, kwargs)
+            if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
+                return base(*args, **kwargs)
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
+        if adapter_names is None:
+            with calling(self._unnamed()):
+                return super().generate(*args, **kwargs)
+        with ExitStack() as stack:
+            call = _call(self, adapter_names, _rows(args, kwargs), exact=False, stack=stack)
+            stack.enter_context(calling(call))
+            base = self.get_base_model()
+            if has_prompts(self, call):
+                return base.generate(**generate_inputs(self, call, args, kwargs))
+            if self.active_peft_config.is_prompt_learning:
+                return base.generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)
+
+    def _unnamed(self) -> Call:
+        """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
+        around = current_call()
+        return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
+
+    @contextmanager
+    def disable_adapter(self):
+        with super().disable_adapter():
+            if not self.active_peft_config.is_prompt_learning:
+                yield
+                return
+            shared, unnamed = self._peft_ops, self.forward  # PEFT puts the base model's here, which takes no names
+
+            def forward(*args, adapter_names: Sequence[str] | None = None, **kwargs):
+                if adapter_names is None:
+                    return unnamed(*args, **kwargs)
+                return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+
+            self.forward, before, shared.prompts_disabled = forward, shared.prompts_disabled, True
+            try:
+                yield
+            finally:
+                shared.prompts_disabled = before
+
+    def merge_and_unload(self, *args, **kwargs):
+        return restore(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self, *args, **kwargs):
+        return restore(self.base_model.unload(*args, **kwargs))
+
+    def add_adapter(self, *args, **kwargs):
+        super().add_adapter(*args, **kwargs)
+        _check_kinds(self)
+        _swap_layers(self)
+
+    def _keep_calls_through_checkpoints(self) -> None:
+        """Both kinds of activation checkpointing run a layer again in backward(), when this call has long ended."""
+        for module in self.modules():
+            func = module.__dict__.get("_gradient_checkpointing_func")
+            if func is not None and not isinstance(func, _Checkpoint):
+                module._gradient_checkpointing_func = _Checkpoint(func)
+
+
+def _rows(args: tuple, kwargs: dict) -> int | None:
+    """Rows of the batch: the first dimension of what the model is called with."""
+    names = "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values"
+    tensors = [*args[:1], *(kwargs.get(name) for name in names)]
+    return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
+
+
+def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack: ExitStack) -> Call:
+    shared = model._peft_ops
+    if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
+        raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
+    wrong = [type(name).__name__ for name in adapter_names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {wrong[0]}")
+    if not adapter_names or (rows is not None and len(adapter_names) != rows):
+        what = "a batch" if rows is None else f"{rows} rows"
+        raise ValueError(f"adapter_names must hold one name per row, for {what}, got {len(adapter_names)}")
+    configs = list(model.peft_config.values())
+    if len(configs) != len(shared.configs) or any(a is not b for a, b in zip(configs, shared.configs, strict=True)):
+        _check_kinds(model)
+        _swap_layers(model)  # an adapter has come that may have targeted other modules
+    elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
+    held = {}
+    if elsewhere:
+        if shared.bank is None:
+            raise ValueError(_unknown(model, elsewhere[0]))
+        try:
+            held = stack.enter_context(shared.bank.hold(elsewhere))
+        except KeyError as error:
+            raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
+    rows = [None if name == BASE or shared.prompts_disabled else name for name in adapter_names]
+    return Call(shared, rows, exact, held)
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    some = ", ".join(map(repr, [*model.peft_config][:20]))
+    return (
+        f"adapter_names must name adapters of the model, [{some}] or {BASE!r}, got {name!r}; load it with "
+        f"model.load_adapter(..., adapter_name={name!r})"
+    )
