@@ -154,6 +154,8 @@ def test_prompt_embedding_fills_the_form(tokenizer):
     out = prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE))
     table = torch.stack([prompts.prompt(name) for name in ("blue", "red")])
     assert torch.equal(out, prompt_embed(ids, embedding, table, torch.tensor([0, 1, 0], device=DEVICE)))
+    doubled = prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE), embed_scale=2.0)
+    assert torch.equal(doubled, torch.where(ids[..., None] < V, 2 * out, out))
     out.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompts.parameters())
     with tasks(rows, DEVICE), torch.no_grad():

@@ -105,13 +105,13 @@ class PromptModule(AdapterModule):
             input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, attention_mask=attention_mask, **kwargs
         )
 
-    def embed(self, input_ids: Tensor, embedding: Tensor, batch: TaskBatch | None = None) -> Tensor:
-        """`prompt_embed` with the prompts of the batch, for ids that hold virtual tokens, say a Template's.
+    def embed(self, input_ids: Tensor, embedding: Tensor, batch: TaskBatch | None = None, **kwargs) -> Tensor:
+        """`prompt_embed` with the prompts of the batch, for ids that hold virtual tokens, say a Template's; its kwargs.
 
         [B, S] -> [B, S, E]. A row without a prompt, the base model's too, takes ids without virtual tokens only.
         """
         batch, prompts, lengths = self._read(input_ids, embedding, batch)
-        return prompt_embed(input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths)
+        return prompt_embed(input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, **kwargs)
 
     def _read(
         self, input_ids: Tensor, embedding: Tensor, batch: TaskBatch | None
