@@ -2,15 +2,10 @@
 
 import glob
 import os
-import tarfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from packaging.version import Version
 
 from tests.conformance import FLOORS, Run, problems
-from tests.conformance.__main__ import main, run, unpack
 
 NO_FLOORS = dict.fromkeys(FLOORS, 0)
 CALLS = {"trained": 2, "PEFT": 0, "named": 3}

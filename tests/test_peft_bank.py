@@ -1,9 +1,10 @@
 """A PEFT model whose bank serves what it has not loaded: vectors and prompts, in one batch with its own adapters."""
 
+import peft
 import pytest
 import torch
 
-from peft_ops import accelerate, restore
+from peft_ops import accelerate, restore, using_adapters
 from peft_ops.integrations import _layers
 from peft_ops.integrations._calls import Call
 from peft_ops.integrations.folder_bank import bank_from_folder
@@ -102,7 +103,7 @@ def test_a_batch_of_the_bank_alone_copies_no_vector(served):
     names, batch = ["red", tiny.BASE, "green"], tiny.batch_for(model, 3, "right")
     layer = next(m for m in model.modules() if isinstance(m, _layers.MixedLinear))
     with bank.hold(["red", "green"]) as held:
-        call = Call(model._peft_ops, ["red", None, "green"], True, held)
+        call = Call(model._peft_ops, ["red", None, "green"], 1, held)
         table, ids = call.select(layer, layer.ia3_l, layer._features, torch.zeros(3, 2, layer._features))
     assert table.data_ptr() == bank.table(layer._peft_ops_key).data_ptr()
     assert ids.tolist() == [held["red"].slot, -1, held["green"].slot] == [1, -1, 0]
@@ -153,3 +154,35 @@ def test_a_bank_that_scales_the_other_side_of_a_layer():
     model = tiny.ia3_model("llama", ["own"])
     with pytest.raises(ValueError, match="input of 'model.layers.0.mlp.down_proj'"):
         accelerate(model, bank=TaskBank(2, {"model.layers.0.mlp.down_proj": 96}, feedforward=[]))
+
+
+@torch.no_grad()
+def test_disabled_adapters_disable_the_bank(served):
+    root, _, models = served
+    model = accelerate(models["vectors"], bank=bank_from_folder(root, slots=3))
+    batch = tiny.batch_for(model, 2, "right")
+    with model.disable_adapter():
+        want, got = model(**batch).logits, model(**batch, adapter_names=["red", "long"]).logits
+    real = slice(None) if model.config.is_encoder_decoder else batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_two_models_of_one_base():
+    first, second = tiny.ia3_model("llama", ["red"]), None
+    accelerate(first)
+    second = peft.get_peft_model(first.get_base_model(), peft.IA3Config(task_type="CAUSAL_LM"), "green")
+    with pytest.raises(ValueError, match="must not be another accelerated model's"):
+        accelerate(second)
+
+
+@torch.no_grad()
+def test_generation_takes_no_other_multiple_of_the_batch():
+    """Classifier-free guidance, windows or a second modality: twice the rows, but not each name's in a row."""
+    model = accelerate(tiny.ia3_model("llama", ["red", "green"]))
+    batch = tiny.batch_for(model, 2)
+    call = model.get_base_model().forward
+    doubled = lambda ids, **kw: call(torch.cat([ids, ids]))  # noqa: E731
+    with using_adapters(model, ["red", "green"]), pytest.raises(ValueError, match=r"2 rows, got \[4"):
+        doubled(batch["input_ids"])
+    options = dict(max_new_tokens=3, num_beams=3, num_return_sequences=2)
+    assert len(model.generate(**batch, **options, adapter_names=["red", "green"])) == 4

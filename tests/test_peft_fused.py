@@ -1,5 +1,6 @@
 """Which operator serves which module of a PEFT model, and that a module whose code is another's is left alone."""
 
+import functools
 import io
 
 import pytest
@@ -66,6 +67,10 @@ class Other(LlamaMLP):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) + 1
 
 
+class Wrapped(LlamaMLP):
+    forward = functools.wraps(LlamaMLP.forward)(lambda self, x: LlamaMLP.forward(self, x) * 2)
+
+
 class Renamed(LlamaMLP):
     def forward(self, states):
         """Llama's, in other words."""
@@ -77,6 +82,7 @@ def test_code_decides_not_the_name():
     assert _fused.FORMS.get(_fused.code_of(LlamaMLP)) is not None
     assert _fused.FORMS.get(_fused.code_of(Renamed)) == _fused.FORMS[_fused.code_of(LlamaMLP)]
     assert _fused.FORMS.get(_fused.code_of(Other)) is None
+    assert _fused.code_of(Wrapped) is None
     assert _fused.code_of(nn.Identity, "no_such_method") is None
 
 
@@ -105,7 +111,23 @@ def changed_forward(mlp):
     mlp.up_proj.forward = lambda x: plain(x) * 2
 
 
-CHANGES = [changed_by_a_hook, changed_by_a_pre_hook, changed_activation, changed_layer, changed_forward]
+def changed_down_by_a_hook(mlp):
+    mlp.down_proj.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def changed_act_forward(mlp):
+    mlp.act_fn.forward = torch.tanh
+
+
+CHANGES = [
+    changed_by_a_hook,
+    changed_down_by_a_hook,
+    changed_act_forward,
+    changed_by_a_pre_hook,
+    changed_activation,
+    changed_layer,
+    changed_forward,
+]
 
 
 @torch.no_grad()

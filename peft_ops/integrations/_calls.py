@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 from types import MappingProxyType
 
 import torch
@@ -20,14 +21,14 @@ class Shared:
         level: "auto" or "module".
         bank: a TaskBank, or None.
         configs: the adapters' configs that the model had when its modules were last looked at.
-        prompts_disabled: inside disable_adapter() of a model with prompts; layers know it by themselves.
+        disabled: inside disable_adapter(): every row is the base model's, a bank's too.
         mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.mixed = self.prompts_disabled = False
+        self.mixed = self.disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -42,7 +43,7 @@ class Call:
         shared: of the model that is called; another model called meanwhile does not see it.
         rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
             say what is active.
-        exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
+        repeats: layers see one row per name, or this many in a row: beams, or sequences to return.
         held: where a TaskBank has the adapters that it serves.
     """
 
@@ -50,10 +51,10 @@ class Call:
         self,
         shared: Shared,
         rows: Sequence[str | None] = (),
-        exact: bool = True,
+        repeats: int = 1,
         held: Mapping[str, Held] = MappingProxyType({}),
     ):
-        self.shared, self.rows, self.exact, self.held = shared, tuple(rows), exact, held
+        self.shared, self.rows, self.repeats, self.held = shared, tuple(rows), repeats, held
         self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
         self._batches: dict[tuple, TaskBatch] = {}
@@ -96,7 +97,7 @@ class Call:
         if len(rows) == 1 and dtypes:
             table = rows[0].unsqueeze(0)
         else:
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
             ones = torch.ones(features, dtype=dtype, device=device)
             table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
         if keep:
@@ -115,10 +116,10 @@ class Call:
     def check_rows(self, x: Tensor, layer: nn.Module) -> None:
         """Refuse an input whose first dimension is not the batch: ids that divide it by chance would mix tenants."""
         B, rows = len(self.rows), x.shape[0]
-        if rows != B and (self.exact or rows % B or x.dim() < 3):
+        if rows != B and (rows != B * self.repeats or x.dim() < 3):
             raise ValueError(
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
-                f"{'' if self.exact else ' or, in 3 dimensions, a multiple'}, got {list(x.shape)} in "
+                f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
                 f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
             )
 

@@ -1,6 +1,7 @@
 """Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
 
 import inspect
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     else:
         prompts = list(learned.values())
         prompts += [bank.prompts[slot, : call.held[name].num_virtual_tokens] for name, slot in slots.items()]
-        table = nn.utils.rnn.pad_sequence([prompt.to(device) for prompt in prompts], batch_first=True)
+        dtype = reduce(torch.promote_types, (prompt.dtype for prompt in prompts))
+        table = nn.utils.rnn.pad_sequence([prompt.to(device, dtype) for prompt in prompts], batch_first=True)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         index = {name: i for i, name in enumerate([*learned, *slots])}
     return table, lengths, torch.tensor([index.get(name, -1) for name in call.rows], device=device)
@@ -87,6 +89,7 @@ def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
     """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
     mask, bank = kwargs.get("attention_mask"), call.shared.bank
     some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
+    some &= not any(hasattr(module, "get_rope_index") for module in model.modules())  # positions of images are 3-D
     if not some or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
         return kwargs
     return kwargs | positions_of(model.get_base_model(), mask)

@@ -52,6 +52,9 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     _check_kinds(model)
     if isinstance(model, Swapped):
         restore(model)
+    taken = next((name for name, m in model.get_base_model().named_modules() if isinstance(m, Swapped)), None)
+    if taken is not None:
+        raise ValueError(f"accelerate: the base model must not be another accelerated model's; restore() that: {taken}")
     swap(model, MixedModel, _peft_ops=Shared(level, bank))
     try:
         _swap_layers(model)
@@ -87,7 +90,7 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     """
     shared = _shared_of(model)
     with ExitStack() as stack:
-        call = _call(model, adapter_names, None, exact=False, stack=stack)
+        call = _call(model, adapter_names, None, 1, stack)
         if has_prompts(model, call):
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
@@ -336,7 +339,7 @@ class MixedModel(Swapped):
             with calling(self._unnamed()):
                 return super().forward(*args, **kwargs)
         with ExitStack() as stack:
-            call = _call(self, adapter_names, _rows(args, kwargs), exact=True, stack=stack)
+            call = _call(self, adapter_names, _rows(args, kwargs), 1, stack)
             if torch.is_grad_enabled():
                 self._peft_ops.mixed = True
                 self._keep_calls_through_checkpoints()
@@ -355,7 +358,7 @@ class MixedModel(Swapped):
             with calling(self._unnamed()):
                 return super().generate(*args, **kwargs)
         with ExitStack() as stack:
-            call = _call(self, adapter_names, _rows(args, kwargs), exact=False, stack=stack)
+            call = _call(self, adapter_names, _rows(args, kwargs), self._repeats(kwargs), stack)
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
@@ -363,6 +366,15 @@ class MixedModel(Swapped):
             if self.active_peft_config.is_prompt_learning:
                 return base.generate(*args, **kwargs)
             return super().generate(*args, **kwargs)
+
+    def _repeats(self, kwargs: dict) -> int:
+        """How many rows generate() makes of each: its beams, or the sequences that it samples."""
+        configs = kwargs.get("generation_config"), self.get_base_model().generation_config
+        counts = []
+        for name in ("num_beams", "num_return_sequences"):
+            values = kwargs.get(name), *(getattr(config, name, None) for config in configs)
+            counts.append(next((value for value in values if value is not None), 1))
+        return max(counts)
 
     def _unnamed(self) -> Call:
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
@@ -372,21 +384,20 @@ class MixedModel(Swapped):
     @contextmanager
     def disable_adapter(self):
         with super().disable_adapter():
-            if not self.active_peft_config.is_prompt_learning:
-                yield
-                return
-            shared, unnamed = self._peft_ops, self.forward  # PEFT puts the base model's here, which takes no names
+            shared, unnamed = self._peft_ops, self.forward  # PEFT puts a base model's here, which takes no names
 
             def forward(*args, adapter_names: Sequence[str] | None = None, **kwargs):
                 if adapter_names is None:
                     return unnamed(*args, **kwargs)
                 return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
 
-            self.forward, before, shared.prompts_disabled = forward, shared.prompts_disabled, True
+            before, shared.disabled = shared.disabled, True
+            if self.active_peft_config.is_prompt_learning:
+                self.forward = forward
             try:
                 yield
             finally:
-                shared.prompts_disabled = before
+                shared.disabled = before
 
     def merge_and_unload(self, *args, **kwargs):
         return restore(self.base_model.merge_and_unload(*args, **kwargs))
@@ -414,7 +425,7 @@ def _rows(args: tuple, kwargs: dict) -> int | None:
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
 
 
-def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack: ExitStack) -> Call:
+def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack: ExitStack) -> Call:
     shared = model._peft_ops
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
@@ -430,15 +441,15 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
         _swap_layers(model)  # an adapter has come that may have targeted other modules
     elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
     held = {}
-    if elsewhere:
+    if elsewhere and not shared.disabled:
         if shared.bank is None:
             raise ValueError(_unknown(model, elsewhere[0]))
         try:
             held = stack.enter_context(shared.bank.hold(elsewhere))
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
-    rows = [None if name == BASE or shared.prompts_disabled else name for name in adapter_names]
-    return Call(shared, rows, exact, held)
+    rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
+    return Call(shared, rows, repeats, held)
 
 
 def _unknown(model: nn.Module, name: str) -> str:
