@@ -15,6 +15,7 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +27,7 @@ FILES = (
     "custom_models", "decoder_models", "encoder_decoder_models", "seq_classifier", "feature_extraction_models",
     "token_classification_qa", "config", "low_level_api",
 )  # fmt: skip
+SHOWN = 20  # problems of one run
 
 
 def unpack(sdist: Path, folder: Path) -> None:
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--break", dest="broken", choices=BREAKS, help="make the operators wrong in one way")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    if args.sdist.name != (name := f"peft-{version('peft')}.tar.gz"):
+        parser.error(f"--sdist must be of the installed PEFT, {name}, got {args.sdist.name}")
     modes = ("plain", *(args.mode or MODES[1:]))
     with TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -75,7 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{mode}: {counts}; {ours.vectors} vectors through our operators ({calls})")
         found = problems(runs["plain"], ours, mode) if mode != "plain" else []
         failed |= bool(found)
-        print(*(f"  {problem}" for problem in found), sep="\n", end="\n" if found else "")
+        for problem in found[:SHOWN]:
+            print(f"  {problem}")
+        if len(found) > SHOWN:
+            print(f"  and {len(found) - SHOWN} more")
     for test in runs["plain"].having("failed"):
         print(f"not judged, fails in plain PEFT: {test}")
     return int(failed)
