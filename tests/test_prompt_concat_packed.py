@@ -757,16 +757,6 @@ def test_zero_sizes(sizes, backend, dtype):
             assert torch.equal(de.double(), want[0]) and torch.equal(dp.float(), want[1]) and torch.equal(dx, want[2])
 
 
-def test_no_tokens_of_any_stride(backend):
-    """A tensor without elements is contiguous whatever its strides are."""
-    embeds, cu_seqlens = torch.empty(8, 0).t(), torch.zeros(3, dtype=torch.int32)
-    prompts = torch.randn(2, 4, 8)
-    batch = prompt_concat_packed(
-        None, cu_seqlens, None, prompts, torch.tensor([1, 0]), max_seqlen=4, inputs_embeds=embeds
-    )
-    assert torch.equal(batch.inputs_embeds, prompts[[1, 0]].flatten(0, 1))
-
-
 def test_empty_vocabulary():
     ids, embedding, prompts = make(3)
     check(ids[:0], offsets([0, 0]), embedding[:0], prompts, tensor([1, -1]))
