@@ -21,7 +21,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly conformance kernels bench lint clean
+.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly sdist conformance kernels bench lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -48,6 +48,8 @@ test-compile: setup  ## the Triton kernels compiled for GPUs that need not be th
 
 nightly: MARKS = nightly or not nightly
 nightly: test  ## the same suites with their wider cross products
+
+sdist: $(PEFT_SDIST)
 
 conformance: setup $(PEFT_SDIST)  ## PEFT's own (IA)^3 tests with our operators in its layers, beside plain PEFT
 	$(PY) -m tests.conformance --sdist $(PEFT_SDIST) $(ARGS)
