@@ -121,10 +121,10 @@ def sum_chunks(part: Tensor, chunk_start: Tensor, dl: Tensor) -> None:
 def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
     """act(x) * ia3_l[t], contiguous. The elementwise half of every (IA)^3 operator: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
-    if use_triton(op, x):
-        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
         return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    if use_triton(op, x):
+        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
 
 
@@ -136,10 +136,10 @@ def _ia3_scale_backward(
     dy: Tensor, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]
 ):
     need_dx, need_dl = needs
-    if use_triton("ia3_scale", x):
-        dx, dl = launch_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
-    elif use_native("ia3_scale_backward", x):
+    if use_native("ia3_scale_backward", x):
         dx, dl = native.ia3_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
+    elif use_triton("ia3_scale", x):
+        dx, dl = launch_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
     else:
         dx, dl = reference.act_scale_backward(dy, x, ia3_l, task_ids, activation, need_dx, need_dl)
     return dx.view(x.shape) if need_dx else dx, dl

@@ -89,13 +89,14 @@ def _prompt_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attenti
     _check_values(tokens, embedding, task_ids, prompt_lengths, num_tasks, P)
     source = tokens if embedding is None else embedding
     widest = prompts if prompts.dtype == torch.float64 else source  # fp64 anywhere runs on plain PyTorch
-    if use_triton("prompt_concat", widest):
+    on_native = use_native("prompt_concat", widest)
+    if not on_native and use_triton("prompt_concat", widest):
         return launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left)
     B, S = tokens.shape[:2]
     layout = reference.prompt_layout(
         task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), left, tokens.device
     )
-    if use_native("prompt_concat", widest):
+    if on_native:
         out = native.prompt_concat(tokens, embedding, prompts, layout)
     else:
         out = reference.concat_embeddings(tokens, embedding, prompts, layout)
@@ -122,10 +123,10 @@ def _prompt_concat_fake(tokens, embedding, prompts, task_ids, prompt_lengths, at
 
 
 def _prompt_concat_backward(dout, layout, num_tasks, P):
-    if use_triton("prompt_concat", dout):
-        return launch_concat_backward(dout, layout, num_tasks, P)
     if use_native("prompt_concat_backward", dout):
         return native.prompt_concat_backward(dout, layout, num_tasks, P)
+    if use_triton("prompt_concat", dout):
+        return launch_concat_backward(dout, layout, num_tasks, P)
     return reference.concat_backward(dout, layout, num_tasks, P)
 
 
