@@ -114,8 +114,9 @@ class BuildNative(build_ext):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         linker, libraries = CXX, ["-ltorch_cpu"]
         if ext.name.endswith("_cuda"):
-            # libtorch.so, empty itself, needs libtorch_cuda.so in a CUDA build of torch: this one may have been made without
-            linker, libraries = [NVCC, "--cudart=static", "-ccbin", CXX[0]], ["-Xlinker=--no-as-needed", "-ltorch", *libraries]
+            linker = [NVCC, "--cudart=static", "-ccbin", CXX[0]]
+            # a CPU build of torch has no libtorch_cuda.so to name, but libtorch.so, through which a CUDA build finds it
+            libraries = ["-Xlinker=--no-as-needed", "-ltorch", *libraries]
         try:
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 objects = list(pool.map(compile_object, ext.sources))

@@ -35,7 +35,8 @@ SCHEMAS = {
     " -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
 }
-# csrc/cpu implements these, csrc/cuda those of CUDA_OPS. x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
+# csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
+# x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
     "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
     "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
@@ -86,7 +87,8 @@ def use_native(op: str, x: Tensor, fused: bool = True) -> bool:
     if backend == "native" and device in ("cpu", "cuda") and not has_native(device):
         library = "CUDA library" if device == "cuda" else "library"
         raise RuntimeError(
-            f"{op}: backend 'native' needs the compiled {library}, which this install lacks; see python -m peft_ops.info"
+            f"{op}: backend 'native' needs the compiled {library}, which this install lacks; "
+            f"see python -m peft_ops.info"
         )
     if x.dtype == torch.float64 or not has_native(device) or (device == "cuda" and op not in CUDA_OPS):
         return False

@@ -1,4 +1,4 @@
-"""Where a native kernel wins, which `auto` asks: over plain PyTorch on a CPU (bench/native_cpu.py), over Triton on a GPU."""
+"""Where a native kernel wins, over plain PyTorch on a CPU (bench/native_cpu.py), over Triton on a GPU: `auto` asks."""
 
 import torch
 
@@ -44,7 +44,7 @@ def native_wins(op: str, dtype: torch.dtype, numel: int, fused: bool = True) -> 
 
 
 CUDA_OPS = ("ia3_scale", "prompt_concat")  # what csrc/cuda has: set_backend("native") runs it on CUDA tensors
-# Elements of x up to which an operator's CUDA C++ kernel beats Triton's launch: only what a benchmark has shown, so far nothing.
+# Elements of x up to which an operator's CUDA C++ kernel beats Triton's: what a benchmark has shown, so far nothing.
 CUDA_WINS: dict[str, int] = {}
 
 

@@ -8,38 +8,32 @@ namespace peft_ops {
 
 namespace {
 
-// Where a row of the output comes from: a prompt's row, else a token's, else it is filled.
-template <class T, class Prompt>
+// Where a row of the output comes from: row `prompt` of the prompts or row `token` of the tokens' embeddings, or it is filled.
 struct Source {
-  const Prompt* prompt;
-  const T* token;
+  int64_t prompt, token;
   float fill;
 };
 
 // layout[b]: checked id, spare slots in front, tokens before the prompt, prompt length. It is on the GPU, where checking it on the
 // host would synchronise: so nothing in it, nor a token's id, leads outside its tensor.
-template <class T, class Prompt>
-__device__ Source<T, Prompt> source_of(
-    unsigned row, const void* tokens, const T* table, const Prompt* prompts, const int4* layout,
-    unsigned S, unsigned P, int E, int64_t V, int64_t num_tasks, bool wide) {
+__device__ Source source_of(
+    unsigned row, const void* ids, const int4* layout, unsigned S, unsigned P, int64_t V, int64_t num_tasks, bool wide) {
+  const Source zero{-1, -1, 0.0f}, bad{-1, -1, nanf("")};
   unsigned b = row / (P + S);
   int4 r = layout[b];
-  int slot = int(row - b * (P + S)) - r.y;
-  const Source<T, Prompt> zero{nullptr, nullptr, 0.0f}, bad{nullptr, nullptr, nanf("")};
   if (r.x < kBase || r.x >= num_tasks)
     return bad;
-  if (slot >= r.z && slot - r.z < r.w) {
-    unsigned p = slot - r.z;
-    return r.x >= 0 && p < P ? Source<T, Prompt>{prompts + (int64_t(r.x) * P + p) * E, nullptr, 0.0f} : bad;
-  }
-  unsigned source = slot < r.z ? slot : slot - r.w; // a negative one becomes more than S
-  if (source >= S)
+  int64_t slot = int64_t(row - b * (P + S)) - r.y, p = slot - r.z;
+  if (p >= 0 && p < r.w)
+    return r.x >= 0 && p < P ? Source{int64_t(r.x) * P + p, -1, 0.0f} : bad;
+  int64_t source = p < 0 ? slot : slot - r.w;
+  if (source < 0 || source >= S)
     return zero;
   int64_t at = int64_t(b) * S + source;
-  if (table == nullptr)
-    return {nullptr, static_cast<const T*>(tokens) + at * E, 0.0f};
-  int64_t id = wide ? static_cast<const int64_t*>(tokens)[at] : static_cast<const int32_t*>(tokens)[at];
-  return id >= 0 && id < V ? Source<T, Prompt>{nullptr, table + id * E, 0.0f} : bad;
+  if (ids == nullptr)
+    return {-1, at, 0.0f};
+  int64_t id = wide ? static_cast<const int64_t*>(ids)[at] : static_cast<const int32_t*>(ids)[at];
+  return id >= 0 && id < V ? Source{-1, id, 0.0f} : bad;
 }
 
 template <class To, class From, int W>
@@ -58,22 +52,24 @@ __device__ Pack<To, W> convert(const Pack<From, W>& v) {
 // One piece of a row per thread. Rows of the output's own type are copied bit by bit.
 template <class T, class Prompt>
 __global__ void __launch_bounds__(kThreads) prompt_concat_kernel(
-    const void* __restrict__ tokens, const T* __restrict__ table, const Prompt* __restrict__ prompts, const int4* __restrict__ layout,
+    const void* __restrict__ ids, const T* __restrict__ embedded, const Prompt* __restrict__ prompts, const int4* __restrict__ layout,
     T* __restrict__ out,
     unsigned rows, unsigned S, unsigned P, int E, int64_t V, int64_t num_tasks, bool wide) {
   constexpr int W = kWidth<T>;
   for (unsigned m = blockIdx.y * blockDim.y + threadIdx.y; m < rows; m += gridDim.y * blockDim.y) {
-    Source<T, Prompt> from = source_of(m, tokens, table, prompts, layout, S, P, E, V, num_tasks, wide);
+    Source from = source_of(m, ids, layout, S, P, V, num_tasks, wide);
     T* out_row = out + int64_t(m) * E;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x;; i += gridDim.x * blockDim.x) {
       Span s = piece(out_row, i, E);
       if (s.last <= 0)
         break;
-      Pack<T, W> v = filled<T, W>(from.fill);
-      if (from.prompt != nullptr)
-        v = convert<T>(load<Prompt, W>(from.prompt, s));
-      else if (from.token != nullptr)
-        v = load<T, W>(from.token, s);
+      Pack<T, W> v;
+      if (from.prompt >= 0)
+        v = convert<T>(load<Prompt, W>(prompts + from.prompt * E, s));
+      else if (from.token >= 0)
+        v = load<T, W>(embedded + from.token * E, s);
+      else
+        v = filled<T, W>(from.fill);
       store(out_row, s, v);
     }
   }
@@ -91,8 +87,8 @@ cudaError_t launch_prompt_concat(
     unsigned rows = unsigned(B) * (S + P);
     return launch(
         prompt_concat_kernel<T, Prompt>, shape_of(rows, E, kWidth<T>), stream,
-        tokens, static_cast<const T*>(table), static_cast<const Prompt*>(prompts), static_cast<const int4*>(layout),
-        static_cast<T*>(out),
+        table != nullptr ? tokens : nullptr, static_cast<const T*>(table != nullptr ? table : tokens),
+        static_cast<const Prompt*>(prompts), static_cast<const int4*>(layout), static_cast<T*>(out),
         rows, unsigned(S), unsigned(P), E, V, num_tasks, wide);
   });
 }
