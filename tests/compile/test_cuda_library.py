@@ -61,8 +61,8 @@ def test_kernels_compile_clean(arch, kernels):
     for name, r in zip(readable(list(found)), found.values(), strict=True):
         T, L = (4 if part == "float" else 2 for part in re.search(r"<(\w+), (\w+)", name).groups())
         assert r.stack == r.spills == r.generic == 0 and r.registers <= REGISTERS, f"{arch} {name}: {r}"
-        # a piece of 16 bytes, and as many elements of the vector or prompt: 32 bytes, 16, or just 8
-        assert r.wide_stores == 1 and r.wide_loads >= 1 + L // T, f"{arch} {name}: {r}"
+        # for each piece stored, one loaded, and as many elements of the vector or prompt: 32 bytes, 16, or just 8
+        assert r.wide_stores and r.wide_loads >= r.wide_stores * (1 + L // T), f"{arch} {name}: {r}"
 
 
 def symbols(library, which):
@@ -118,6 +118,7 @@ def test_without_it_the_cpu_library_is_still_built(env, says, tmp_path):
     assert found.keys() == {"_C.so"} and says in said, said
 
 
+@pytest.mark.nightly
 def test_architectures_are_what_the_variable_says(tmp_path):
     found, _ = build(tmp_path, TORCH_CUDA_ARCH_LIST="8.6+PTX", MAX_JOBS="1")
     machine_code, ptx = architectures(found["_C_cuda.so"])
