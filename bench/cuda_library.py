@@ -3,7 +3,8 @@
     python -m bench.cuda_library                      # peft_ops/_C_cuda.so
     python -m bench.cuda_library --match bfloat16 some/_C_cuda.so
 
-`PEFT_OPS_FORCE_CUDA=1 python setup.py build_ext --inplace` builds it where no GPU is. Reading it needs none either, but cuobjdump, which the triton package brings.
+Reading it needs cuobjdump, which the triton package brings, and no GPU. Where there is none,
+`PEFT_OPS_FORCE_CUDA=1 python setup.py build_ext --inplace` builds it.
 """
 
 import argparse
