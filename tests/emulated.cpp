@@ -35,6 +35,13 @@ cudaError_t launch(void (*kernel)(Params...), Shape shape, cudaStream_t, Args...
 
 using namespace peft_ops;
 
+extern "C" void piece_of(const char* row, int i, int N, int size, int* span) {
+  Span s = size == 4 ? piece(reinterpret_cast<const float*>(row), i, N) : piece(reinterpret_cast<const __half*>(row), i, N);
+  span[0] = s.from;
+  span[1] = s.first;
+  span[2] = s.last;
+}
+
 extern "C" void ia3_scale(
     const void* x, const void* l, const char* ids, void* y,
     int M, int N, int64_t stride_xm, int64_t stride_lt, int64_t stride_id, int64_t num_ids, int64_t num_tasks,

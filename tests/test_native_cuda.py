@@ -195,6 +195,22 @@ def test_outputs_of_any_address(offset, dtype, host):
         assert buffer[:offset].isnan().all() and buffer[offset + 6 * N :].isnan().all()
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_pieces_are_aligned_and_cover_the_row_once(size, host):
+    for N in (1, 3, 8, 9, 64, 1023):
+        for address in range(0, 32, size):
+            seen, i, span = [], 0, (ctypes.c_int * 3)()
+            while True:
+                host.library.piece_of(ctypes.c_void_p(address), i, N, size, span)
+                start, first, last = span
+                if last <= 0:
+                    break
+                assert (address + start * size) % 16 == 0 and 0 <= first < last <= 16 // size
+                seen += range(start + first, start + last)
+                i += 1
+            assert seen == list(range(N))
+
+
 @pytest.mark.parametrize("shape", [(65600, 513), (3, 300_000), (200_000, 1)], ids=str)
 def test_more_rows_and_columns_than_a_grid_has(shape, cuda):
     """65535 blocks of one row of 513 fp16 columns; columns beyond them are further blocks, rows a further turn."""
