@@ -28,12 +28,20 @@ SCHEMAS = {
     "ia3_glu_linear": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias,"
     " Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, str? activation, bool save)"
     " -> (Tensor, Tensor, Tensor)",
-    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
-    " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? position_embedding,"
+    " Tensor? token_type_embedding, Tensor? task_ids, Tensor? prompt_lengths, Tensor? attention_mask, Tensor? labels,"
+    " Tensor? token_type_ids, SymInt position_offset, float embed_scale, bool left, bool after_bos)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
-    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths)"
-    " -> (Tensor, Tensor)",
+    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? position_embedding,"
+    " Tensor? token_type_embedding, Tensor? task_ids, Tensor? prompt_lengths, Tensor? position_ids,"
+    " Tensor? token_type_ids, SymInt position_offset, float embed_scale) -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
+    "prompt_concat_packed": "(Tensor tokens, Tensor cu_seqlens, Tensor? embedding, Tensor prompts, Tensor? task_ids,"
+    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, bool after_bos)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, SymInt num_tasks, SymInt P)"
+    " -> Tensor",
 }
 # csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
 # x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
@@ -45,8 +53,16 @@ NATIVE_SCHEMAS = {
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dz, bool need_dl) -> (Tensor, Tensor)",
-    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout) -> Tensor",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, float scale, Tensor? types,"
+    " Tensor? type_embedding, Tensor? positions, Tensor? position_embedding) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
+    "prompt_concat_packed": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, Tensor cu_seqlens,"
+    " int num_rows) -> Tensor",
+    "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, int num_tasks, int P) -> Tensor",
+    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
+    " float scale, Tensor? types, Tensor? type_embedding, Tensor? positions, Tensor? position_embedding)"
+    " -> (Tensor, Tensor)",
+    "prompt_embed_backward": "(Tensor dout, Tensor rows, int num_tasks, int P) -> Tensor",
 }
 
 _lib = torch.library.Library("peft_ops", "DEF")
@@ -81,8 +97,11 @@ def has_native(device: str = "cpu") -> bool:
     return device in _NATIVE
 
 
-def use_native(op: str, x: Tensor, fused: bool = True) -> bool:
-    """Whether the C++ kernel of `op` serves x. fused: it does more than scale by one vector."""
+def use_native(op: str, x: Tensor, fused: bool = True, numel: int | None = None) -> bool:
+    """Whether the C++ kernel of `op` serves x. fused: it does more than scale by one vector.
+
+    numel: elements that it writes; None: as many as x has.
+    """
     backend, device = get_backend(), x.device.type
     if backend == "native" and device in ("cpu", "cuda") and not has_native(device):
         library = "CUDA library" if device == "cuda" else "library"
@@ -95,7 +114,7 @@ def use_native(op: str, x: Tensor, fused: bool = True) -> bool:
     if backend != "auto":
         return backend == "native"
     if device == "cuda":
-        return native_wins_on_cuda(op, x.numel())
+        return native_wins_on_cuda(op, x.numel() if numel is None else numel)
     return not INTERPRET and native_wins(op, x.dtype, x.numel(), fused)
 
 

@@ -11,19 +11,12 @@ import torch
 
 import peft_ops
 from peft_ops import _backend
-from peft_ops._library import has_native
+from peft_ops._library import NATIVE_SCHEMAS, has_native
 from peft_ops._native_rule import CUDA_OPS, CUDA_WINS, native_wins
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-NATIVE_OPS = (
-    "ia3_scale",
-    "ia3_scale_backward",
-    "ia3_glu",
-    "ia3_glu_backward",
-    "prompt_concat",
-    "prompt_concat_backward",
-)
+NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if op != "first_bad_id")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -84,7 +77,7 @@ def gpu_backend() -> str:
     if backend == "reference":
         return "plain PyTorch"
     if backend == "native":
-        ours = f"native for the forward of {' and '.join(CUDA_OPS)}, else plain PyTorch"
+        ours = f"native for the forward of {' and '.join(CUDA_OPS)} (with nothing added), else plain PyTorch"
         return ours if has_native("cuda") else "fails: backend 'native' needs the CUDA library"
     if not find_spec("triton"):
         return "fails: Triton is not installed; set_backend('reference') works"

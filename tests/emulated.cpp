@@ -1,29 +1,58 @@
-// The CUDA kernels as a host library, one thread of theirs after the other: none waits for another. g++ with CUDA's headers.
+// The CUDA kernels as a host library, one thread of theirs after the other: none waits for another. What they take from CUDA stands
+// here, so that any C++ compiler runs them: test_native_cuda.py puts empty files in the place of CUDA's headers.
 
 #include <cmath>
+#include <cstdint>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  dim3(unsigned x, unsigned y) : x(x), y(y) {}
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+
+inline int4 __ldg(const int4* at) {
+  return *at;
+}
+inline float __half2float(__half v) {
+  return v;
+}
+inline float __bfloat162float(__nv_bfloat16 v) {
+  return v;
+}
+inline __half __float2half_rn(float v) {
+  return v;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float v) {
+  return v;
+}
+
+static dim3 blockIdx, threadIdx, gridDim, blockDim;
+#define __device__
+#define __global__
+#define __launch_bounds__(...)
 
 #include "csrc/cuda/common.cuh"
-
-namespace {
-uint3 block, thread;
-dim3 blocks, threads;
-} // namespace
-#define blockIdx block
-#define threadIdx thread
-#define gridDim blocks
-#define blockDim threads
-#define __launch_bounds__(...)
 
 namespace peft_ops {
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), Shape shape, cudaStream_t, Args... args) {
-  blocks = shape.grid;
-  threads = shape.block;
-  for (block.z = 0, block.y = 0; block.y < blocks.y; block.y++)
-    for (block.x = 0; block.x < blocks.x; block.x++)
-      for (thread.z = 0, thread.y = 0; thread.y < threads.y; thread.y++)
-        for (thread.x = 0; thread.x < threads.x; thread.x++)
+  gridDim = shape.grid;
+  blockDim = shape.block;
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++)
+      for (threadIdx.y = 0; threadIdx.y < blockDim.y; threadIdx.y++)
+        for (threadIdx.x = 0; threadIdx.x < blockDim.x; threadIdx.x++)
           kernel(args...);
   return cudaSuccess;
 }
@@ -51,8 +80,8 @@ extern "C" void ia3_scale(
 }
 
 extern "C" void prompt_concat(
-    const void* tokens, const void* table, const void* prompts, const void* layout, void* out,
+    const void* ids, const void* embedded, const void* prompts, const void* layout, void* out,
     int B, int S, int P, int E, int64_t V, int64_t num_tasks, int wide, int dtype, int prompt_dtype) {
   launch_prompt_concat(
-      tokens, table, prompts, layout, out, B, S, P, E, V, num_tasks, wide != 0, Dtype(dtype), Dtype(prompt_dtype), nullptr);
+      ids, embedded, prompts, layout, out, B, S, P, E, V, num_tasks, wide != 0, Dtype(dtype), Dtype(prompt_dtype), nullptr);
 }

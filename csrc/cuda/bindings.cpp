@@ -18,13 +18,11 @@ constexpr int64_t kMaxSize = int64_t(1) << 30; // rows and columns are counted i
 // The device that the tensors share, as long as a launch takes.
 class Device {
  public:
-  Device(const char* op, const char* arg, const Tensor& t) : op_(op), arg_(arg), index_(t.get_device_index()), guard_(index_) {}
+  Device(const char* op, const char* arg, const Tensor& t) : op_(op), arg_(arg), index_(cuda_index(op, arg, t)), guard_(index_) {}
 
   void check(const char* arg, const Tensor& t) const {
-    STD_TORCH_CHECK(
-        t.is_cuda() && t.get_device_index() == index_,
-        op_, ": ", arg, " must be on ", arg_, "'s device cuda:", index_, ", got ", t.is_cuda() ? "cuda:" : "another kind of device ",
-        t.get_device_index());
+    int32_t index = cuda_index(op_, arg, t);
+    STD_TORCH_CHECK(index == index_, op_, ": ", arg, " must be on ", arg_, "'s device cuda:", index_, ", got cuda:", index);
   }
 
   Tensor empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) const {
@@ -42,6 +40,12 @@ class Device {
   }
 
  private:
+  // one CUDA tensor among the arguments is enough for the dispatcher to come here
+  static int32_t cuda_index(const char* op, const char* arg, const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), op, ": ", arg, " must be on a CUDA device, got another kind of device");
+    return t.get_device_index();
+  }
+
   const char* op_;
   const char* arg_;
   int32_t index_;
@@ -86,8 +90,17 @@ Tensor prompt_concat_cuda(
     const Tensor& tokens,
     const std::optional<Tensor>& embedding,
     const Tensor& prompts,
-    const Tensor& layout) {
+    const Tensor& layout,
+    double scale,
+    const std::optional<Tensor>& types,
+    const std::optional<Tensor>& type_embedding,
+    const std::optional<Tensor>& positions,
+    const std::optional<Tensor>& position_embedding) {
   const char* op = "prompt_concat";
+  STD_TORCH_CHECK(!embedding || scale == 1.0, op, ": scale must be 1, this kernel copies embeddings, got ", scale);
+  STD_TORCH_CHECK(
+      !(types || type_embedding || positions || position_embedding),
+      op, ": types and positions must be None, this kernel copies embeddings, got ", types || type_embedding ? "types" : "positions");
   const Tensor& source = embedding ? *embedding : tokens;
   Dtype dtype = float_dtype(op, embedding ? "embedding" : "tokens", source), prompt_dtype = float_dtype(op, "prompts", prompts);
   check_contiguous(op, "tokens", tokens, embedding ? 2 : 3);
@@ -119,7 +132,7 @@ Tensor prompt_concat_cuda(
   if (B * (P + S) == 0 || E == 0)
     return out;
   device.check(launch_prompt_concat(
-      tokens.data_ptr(), embedding ? embedding->data_ptr() : nullptr, prompts.data_ptr(), layout.data_ptr(), out.data_ptr(),
+      embedding ? tokens.data_ptr() : nullptr, source.data_ptr(), prompts.data_ptr(), layout.data_ptr(), out.data_ptr(),
       int(B), int(S), int(P), int(E), embedding ? embedding->size(0) : 0, prompts.size(0),
       wide, dtype, prompt_dtype, device.stream()));
   return out;

@@ -120,7 +120,7 @@ cudaError_t with_types(Dtype a_dtype, Dtype b_dtype, F f) {
   return with_type(a_dtype, [&](auto a) { return with_type(b_dtype, [&](auto b) { return f(a, b); }); });
 }
 
-#ifdef __CUDACC__ // tests/compile/emulated.cpp runs the kernels on a host
+#ifdef __CUDACC__ // tests/emulated.cpp runs the kernels on a host
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), Shape shape, cudaStream_t stream, Args... args) {
   kernel<<<shape.grid, shape.block, 0, stream>>>(args...);

@@ -24,10 +24,10 @@ using LaunchScale = cudaError_t (*)(
     Dtype dtype, Dtype l_dtype, cudaStream_t stream);
 extern const LaunchScale kLaunchScale[5]; // None, relu, silu, gelu, gelu_tanh
 
-// tokens: [B, S] ids, or [B, S, E] where there is no table   table: [V, E]   prompts: [num_tasks, P, E]   layout: int32 [B, 4]
+// ids: [B, S] with embedded [V, E], or null with embedded [B, S, E]   prompts: [num_tasks, P, E]   layout: int32 [B, 4]
 // out: [B, P + S, E]. All contiguous, the layout aligned to 16 bytes.
 cudaError_t launch_prompt_concat(
-    const void* tokens, const void* table, const void* prompts, const void* layout, void* out,
+    const void* ids, const void* embedded, const void* prompts, const void* layout, void* out,
     int B, int S, int P, int E, int64_t V, int64_t num_tasks,
     bool wide, Dtype dtype, Dtype prompt_dtype, cudaStream_t stream);
 

@@ -1,16 +1,17 @@
 """One call of an accelerated model: which adapter each row of its batch belongs to, and where its layers read it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
-
-BASE = "__base__"  # PEFT's name for rows of the base model
 
 
 class Shared:
@@ -20,13 +21,14 @@ class Shared:
         level: "auto" or "module".
         bank: a TaskBank, or None.
         configs: the adapters' configs that the model had when its modules were last looked at.
-        last_mixed: the last forward with gradients had adapter names; a recomputation without any is then a mistake.
+        disabled: inside disable_adapter(): every row is the base model's, a bank's too.
+        mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.last_mixed = False
+        self.mixed = self.disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -41,12 +43,18 @@ class Call:
         shared: of the model that is called; another model called meanwhile does not see it.
         rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
             say what is active.
-        exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
-        slots: for adapters that a TaskBank serves, the slot of each name.
+        repeats: layers see one row per name, or this many in a row: beams, or sequences to return.
+        held: where a TaskBank has the adapters that it serves.
     """
 
-    def __init__(self, shared: Shared, rows=(), exact: bool = True, slots: dict[str, int] | None = None):
-        self.shared, self.rows, self.exact, self.slots = shared, tuple(rows), exact, slots or {}
+    def __init__(
+        self,
+        shared: Shared,
+        rows: Sequence[str | None] = (),
+        repeats: int = 1,
+        held: Mapping[str, Held] = MappingProxyType({}),
+    ):
+        self.shared, self.rows, self.repeats, self.held = shared, tuple(rows), repeats, held
         self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
         self._batches: dict[tuple, TaskBatch] = {}
@@ -64,12 +72,12 @@ class Call:
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
-        known = bool(self.names) and self.slots.keys() >= set(self.names)
+        known = bool(self.names) and self.held.keys() >= set(self.names)
         return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
 
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
         if (device, of_bank) not in self._batches:
-            index = self.slots if of_bank else {name: i for i, name in enumerate(self.names)}
+            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
             tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
             self._batches[device, of_bank] = TaskBatch(tasks, ids)
@@ -79,14 +87,17 @@ class Call:
         # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
         # first, and must not find that table when it runs again with them
         keep = not torch.is_grad_enabled()
-        if keep and layer in self._tables:
+        if not keep:  # an optimizer may write before the next call
+            self._tables.clear()
+            self.steps.clear()
+        if layer in self._tables:
             return self._tables[layer]
         rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
         dtypes = {row.dtype for row in rows if row is not None}
         if len(rows) == 1 and dtypes:
             table = rows[0].unsqueeze(0)
         else:
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
             ones = torch.ones(features, dtype=dtype, device=device)
             table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
         if keep:
@@ -95,7 +106,7 @@ class Call:
 
     def _of_bank(self, key: str | None, name: str) -> Tensor | None:
         bank = self.shared.bank
-        return bank.table(key)[self.slots[name]] if name in self.slots and key in bank.widths else None
+        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
@@ -105,10 +116,10 @@ class Call:
     def check_rows(self, x: Tensor, layer: nn.Module) -> None:
         """Refuse an input whose first dimension is not the batch: ids that divide it by chance would mix tenants."""
         B, rows = len(self.rows), x.shape[0]
-        if rows != B and (self.exact or rows % B or x.dim() < 3):
+        if rows != B and (rows != B * self.repeats or x.dim() < 3):
             raise ValueError(
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
-                f"{'' if self.exact else ' or, in 3 dimensions, a multiple'}, got {list(x.shape)} in "
+                f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
                 f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
             )
 
@@ -144,7 +155,7 @@ def call_of(shared: Shared) -> Call | None:
     call = _current.get()
     if call is not None and call.shared is shared:
         return call if call.rows else None
-    if shared.last_mixed and _graph_task() != -1:
+    if shared.mixed and _graph_task() != -1:
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"
@@ -166,6 +177,13 @@ def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     step = layer.prepare(x)
     call.steps[layer] = key, step
     return step
+
+
+def forget_steps(shared: Shared) -> None:
+    """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        call.steps.clear()
 
 
 @contextmanager

@@ -85,14 +85,19 @@ OUTPUT = (
 )
 
 
-@cache
 def code_of(cls: type, method: str = "forward") -> str | None:
     """The body of a method as text, without docstring and annotations, its first argument named x up to the first
     statement that binds it anew; None where there is no source."""
+    return _code_of(getattr(cls, method, None))
+
+
+@cache
+def _code_of(function) -> str | None:
+    if hasattr(function, "__wrapped__"):  # what wraps it computes something else
+        return None
     try:
-        source = inspect.getsource(inspect.unwrap(getattr(cls, method)))
-        function = ast.parse(textwrap.dedent(source)).body[0]
-    except (AttributeError, OSError, TypeError, SyntaxError):
+        function = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return None
@@ -117,6 +122,12 @@ def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return (layer.weight, layer.bias) if why_not_exact(layer) is None else None
 
 
+def is_touched(module: nn.Module) -> bool:
+    """Something else runs when the module is called, which an operator in its place would leave out."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
 def activation_of(act: nn.Module) -> str | None:
     """The operators' name of an activation module."""
     if type(act) is nn.GELU:
@@ -136,8 +147,10 @@ class Parts(NamedTuple):
 
 def why_not_fused(parts: Parts) -> str | None:
     """Why act(gate) * up * l, or act(up) * l, cannot be one operator; None if it can."""
-    if activation_of(parts.act) is None or parts.act._forward_hooks or parts.act._forward_pre_hooks:
+    if activation_of(parts.act) is None:
         return f"activation {type(parts.act).__name__}"
+    if is_touched(parts.act) or is_touched(parts.down):
+        return "has hooks, or its forward is replaced"
     if not isinstance(parts.down, MixedLinear):
         return "no (IA)^3 vector at its end"
     if not parts.down.is_feedforward:
@@ -244,7 +257,7 @@ class MixedChunk(Swapped):
         return super().feed_forward_chunk(x) if h is None else self.after(parts, h, x)
 
     def _hooked(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in (self.intermediate, self.output))
+        return is_touched(self.intermediate) or is_touched(self.output)
 
 
 def is_chunk(module: nn.Module) -> bool:

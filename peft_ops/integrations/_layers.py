@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peft_ops.integrations._calls import Call, call_of, step_of
+from peft_ops.integrations._calls import Call, call_of, forget_steps, step_of
 from peft_ops.integrations._swap import Swapped
 from peft_ops.ops.ia3_linear import ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale, scale_known
@@ -29,8 +29,22 @@ def why_not_exact(layer: nn.Module) -> str | None:
     return None
 
 
+def _switch(name: str) -> Callable:
+    """A method of PEFT's layers by which what they compute changes."""
+
+    def method(self, *args, **kwargs):
+        forget_steps(self._peft_ops)
+        return getattr(super(MixedLayer, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
 class MixedLayer(Swapped):
     """What the layers share: the vectors that a call, or PEFT's own switches, select."""
+
+    enable_adapters, set_adapter, delete_adapter = map(_switch, ("enable_adapters", "set_adapter", "delete_adapter"))
+    merge, unmerge = map(_switch, ("merge", "unmerge"))
 
     def _call(self) -> Call | None:
         call = call_of(self._peft_ops)
@@ -193,7 +207,7 @@ class MixedHead(Swapped):
 
 
 class BankLinear(Swapped):
-    """An nn.Linear that PEFT left alone and a TaskBank has vectors for."""
+    """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
     def forward(self, x: Tensor) -> Tensor:
         call = call_of(self._peft_ops)
@@ -201,8 +215,7 @@ class BankLinear(Swapped):
             return super().forward(x)
         if call.is_flat(x, self):
             return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        feedforward = self._peft_ops_feedforward
-        table, ids = call.select(self, {}, self.in_features if feedforward else self.out_features, x)
-        if feedforward:
+        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+        if self._peft_ops_feedforward:
             return super().forward(ia3_scale(x, table, ids))
         return ia3_scale(super().forward(x), table, ids)

@@ -1,6 +1,7 @@
 """Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
 
 import inspect
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +28,27 @@ def prompt_of(model: nn.Module, name: str) -> Tensor | None:
     return encoder(tokens)[0, :P]
 
 
-def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Prompts [names, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
-    device = model.get_base_model().get_input_embeddings().weight.device
-    found = {}
-    for name in call.names:
-        prompt = prompt_of(model, name)
-        if prompt is None and name in call.slots:
-            prompt = call.shared.bank.prompt(name)
-        if prompt is not None:
-            found[name] = prompt.to(device)
-    if not found:
-        return None
-    index = {name: i for i, name in enumerate(found)}
-    ids = torch.tensor([index.get(name, -1) for name in call.rows], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in found.values()], device=device)
-    return nn.utils.rnn.pad_sequence(list(found.values()), batch_first=True), lengths, ids
+def has_prompts(model: nn.Module, call: Call) -> bool:
+    """Whether any name of the batch has a prompt, in the model or in its bank."""
+    learned = any(name in model.peft_config and model.peft_config[name].is_prompt_learning for name in call.names)
+    return learned or any(held.num_virtual_tokens for held in call.held.values())
+
+
+def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts [tasks, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
+    device, bank = model.get_base_model().get_input_embeddings().weight.device, call.shared.bank
+    slots = {name: held.slot for name, held in call.held.items() if held.num_virtual_tokens}
+    learned = {name: prompt for name in call.names if (prompt := prompt_of(model, name)) is not None}
+    if not learned:  # the bank's own tables
+        table, lengths, index = bank.prompts, bank.prompt_lengths, slots
+    else:
+        prompts = list(learned.values())
+        prompts += [bank.prompts[slot, : call.held[name].num_virtual_tokens] for name, slot in slots.items()]
+        dtype = reduce(torch.promote_types, (prompt.dtype for prompt in prompts))
+        table = nn.utils.rnn.pad_sequence([prompt.to(device, dtype) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        index = {name: i for i, name in enumerate([*learned, *slots])}
+    return table, lengths, torch.tensor([index.get(name, -1) for name in call.rows], device=device)
 
 
 def with_prompts(
@@ -66,15 +72,27 @@ def with_prompts(
     )  # fmt: skip
 
 
-def positions_of(base: nn.Module, batch: PromptBatch) -> Tensor | None:
-    """position_ids as the model's forward takes them: RoBERTa and its kin count from padding_idx + 1."""
+def positions_of(base: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids that count real tokens, if the model's forward takes any: RoBERTa and its kin count from
+    padding_idx + 1; T5's are relative, and Bloom's come from the mask."""
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        return None  # T5's are relative, Bloom's come from the mask
+        return {}
+    real = mask != 0
+    positions = torch.where(real, real.cumsum(1) - 1, 0)
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            pad = module.padding_idx
-            return torch.where(batch.attention_mask != 0, batch.position_ids + pad + 1, pad)
-    return batch.position_ids
+            return {"position_ids": torch.where(real, positions + module.padding_idx + 1, module.padding_idx)}
+    return {"position_ids": positions}
+
+
+def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
+    mask, bank = kwargs.get("attention_mask"), call.shared.bank
+    some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
+    some &= not any(hasattr(module, "get_rope_index") for module in model.modules())  # positions of images are 3-D
+    if not some or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return kwargs
+    return kwargs | positions_of(model.get_base_model(), mask)
 
 
 def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
@@ -82,16 +100,13 @@ def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
     return torch.where(token_map >= 0, values.gather(1, token_map.clamp(min=0)), fill)
 
 
-def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict | None:
-    """The base model's arguments with the prompts in them; None where no row of the batch has one.
+def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The base model's arguments with the prompts in them.
 
     Spare slots of shorter prompts stand at the front for a decoder, so that token s of every row is at P + s, and at
     the back for an encoder, whose first slot is what a classifier reads.
     """
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base = model.get_base_model()
+    prompts, base = prompts_of(model, call), model.get_base_model()
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     for name in ("start_positions", "end_positions", "past_key_values"):
         if name in kwargs:
@@ -107,11 +122,12 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict | None:
     batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if per_token:
-        kwargs["labels"] = batch.labels
+        # the shift of a decoder's loss drops the first slot, which was a base row's first token: nothing predicts it
+        first = (batch.position_ids == 0) & (batch.attention_mask != 0)
+        kwargs["labels"] = batch.labels.masked_fill(first, -100) if left else batch.labels
     if "token_type_ids" in kwargs:
         kwargs["token_type_ids"] = follow(kwargs["token_type_ids"], batch.token_map, 0)
-    positions = positions_of(base, batch)
-    return kwargs if positions is None else kwargs | {"position_ids": positions}
+    return kwargs | positions_of(base, batch.attention_mask)
 
 
 def is_decoder(base: nn.Module) -> bool:
@@ -123,12 +139,9 @@ def is_decoder(base: nn.Module) -> bool:
     return causal or getattr(base.config, "is_decoder", False)
 
 
-def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict | None:
+def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
     """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base, kwargs = model.get_base_model(), dict(kwargs)
+    prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
     if args:
         kwargs["input_ids"], *rest = args
         if rest:

@@ -14,7 +14,8 @@ from peft_ops._native_rule import CUDA_OPS
 from tests.test_architecture import ROOT
 from tests.test_native import CONSTANTS, TORCH_2_10
 
-pytestmark = pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("g++")), reason="no nvcc or no g++")
+NVCC = os.path.join(os.environ["CUDA_HOME"], "bin/nvcc") if "CUDA_HOME" in os.environ else "nvcc"  # setup.py's
+pytestmark = pytest.mark.skipif(not (shutil.which(NVCC) and shutil.which("g++")), reason=f"no {NVCC}, or no g++")
 
 # ten blocks of 128 threads share a multiprocessor's 65536 registers: 20 KiB of loads of x on their way
 REGISTERS = 48
@@ -62,7 +63,8 @@ def test_kernels_compile_clean(arch, kernels):
         T, L = (4 if part == "float" else 2 for part in re.search(r"<(\w+), (\w+)", name).groups())
         assert r.stack == r.spills == r.generic == 0 and r.registers <= REGISTERS, f"{arch} {name}: {r}"
         # for each piece stored, one loaded, and as many elements of the vector or prompt: 32 bytes, 16, or just 8
-        assert r.wide_stores and r.wide_loads >= r.wide_stores * (1 + L // T), f"{arch} {name}: {r}"
+        loads = r.wide_stores * (1 + L // T) + name.startswith("prompt_concat")  # which loads a row of the layout too
+        assert r.wide_stores and r.wide_loads >= loads, f"{arch} {name}: {r}"
 
 
 def symbols(library, which):
@@ -85,23 +87,79 @@ def test_it_asks_for_nothing_but_torch_2_10_and_the_c_and_cpp_libraries(library)
     assert not [name for _, name in symbols(library, "--defined-only") if "cuda" in name or "peft_ops" in name]
 
 
-def test_it_loads_and_registers_its_operators(library, tmp_path):
-    """Under a CPU build of torch too, beside the one function that such a build lacks: so nothing else is missing."""
+@pytest.fixture
+def loaded(library, tmp_path):
+    """Runs code under a CPU build of torch, beside the one function that it lacks: so nothing else is missing."""
     if torch.version.cuda:
         pytest.skip("loaded with the package")
     (tmp_path / "stream.c").write_text(
         "int aoti_torch_get_current_cuda_stream(int device, void** stream) { return 1; }"
     )
     subprocess.run(["g++", "-xc", "-shared", "-fPIC", "stream.c", "-o", "stream.so"], cwd=tmp_path, check=True)
-    code = f"""
+    load = f"""
 import ctypes, torch, peft_ops
-from peft_ops._library import NATIVE_SCHEMAS
+from peft_ops._library import NATIVE_SCHEMAS, native
 ctypes.CDLL({str(tmp_path / "stream.so")!r}, ctypes.RTLD_GLOBAL)
 torch.ops.load_library({str(library)!r})
+"""
+
+    def run(code):
+        done = subprocess.run([sys.executable, "-c", load + code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def test_it_loads_and_registers_its_operators(loaded):
+    code = """
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-print(*[name for name in NATIVE_SCHEMAS if has("peft_ops_native::" + name, "CUDA")])"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == list(CUDA_OPS), done.stdout + done.stderr
+for name in NATIVE_SCHEMAS:
+    if has("peft_ops_native::" + name, "CUDA"): print(name)"""
+    assert loaded(code) == list(CUDA_OPS)
+
+
+def test_arguments_are_checked_before_the_gpu_is_asked(loaded):
+    """The operators of the CUDA key on CPU tensors, which the dispatcher hands them beside a single CUDA tensor."""
+    code = """
+def call(op, *args):
+    try: getattr(native, op).default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args)
+    except RuntimeError as error: print(str(error).splitlines()[0].split(", ", 2)[2])  # after function and line
+
+x, l, ids = torch.ones(4, 8), torch.ones(2, 8), torch.tensor([0, 1])
+for args in ((x, l, ids, "tanh"), (x, l[:, :7], ids, None), (x, l, torch.tensor([0, 1, 0]), None), (x, l, ids, "gelu")):
+    call("ia3_scale", *args)
+tokens, table, prompts = torch.ones(2, 3, dtype=torch.int64), torch.ones(5, 8), torch.ones(1, 2, 8)
+layout = torch.zeros(2, 4, dtype=torch.int32)
+for args in (
+    (tokens, table, prompts, layout, 2.0),
+    (tokens, table, prompts, layout, 1.0, tokens, table),
+    (tokens, table, prompts, layout, 1.0, None, None, None, table),
+    (tokens.t(), table, prompts, layout),
+    (tokens.float(), table, prompts, layout),
+    (tokens, table, prompts[..., :4].contiguous(), layout),
+    (tokens, table, prompts, layout.long()),
+    (tokens, table, prompts, torch.zeros(9, dtype=torch.int32)[1:].view(2, 4)),
+    (tokens, table, prompts, layout),
+    (torch.ones(2, 3, 8), None, prompts, layout, 2.0),
+):
+    call("prompt_concat", *args, *[1.0, None, None, None, None][len(args) - 4:])"""
+    assert loaded(code) == [
+        "ia3_scale: activation must be None, relu, gelu, gelu_tanh or silu, got tanh",
+        "ia3_scale: ia3_l must have 8 columns as x has, got shape [2, 7]",
+        "ia3_scale: task_ids must divide the 4 rows of x, got 3 ids",
+        "ia3_scale: x must be on a CUDA device, got another kind of device",
+        "prompt_concat: scale must be 1, this kernel copies embeddings, got 2",
+        "prompt_concat: types and positions must be None, this kernel copies embeddings, got types",
+        "prompt_concat: types and positions must be None, this kernel copies embeddings, got positions",
+        "prompt_concat: tokens must be 2-D and contiguous, got shape [3, 2]",
+        "prompt_concat: tokens must be int32 or int64, got Float",
+        "prompt_concat: prompts must have 8 columns as the embeddings have, got shape [1, 2, 4]",
+        "prompt_concat: layout must be int32, got Long",
+        "prompt_concat: layout must be [2, 4] and aligned to 16 bytes, got shape [2, 4]",
+        "prompt_concat: prompts must be on a CUDA device, got another kind of device",
+        "prompt_concat: prompts must be on a CUDA device, got another kind of device",
+    ]
 
 
 @pytest.mark.parametrize(
