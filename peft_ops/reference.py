@@ -387,7 +387,7 @@ def position_rows(bad: Tensor, position_ids: Tensor | None, position_offset: int
 def add_embeddings(out: Tensor, added: Sequence[Added]) -> Tensor:
     for ids, table in added:
         if table is not None:
-            out = out + lookup(ids, table).to(out.dtype)
+            out = out + lookup(ids, table.to(out.dtype))  # cast first: its gradient is summed in that dtype
     return out
 
 
@@ -566,8 +566,13 @@ def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor
     return dprompts[:-2].clone().view(num_tasks, P, E)
 
 
-def embedding_backward(dout: Tensor, ids: Tensor, n: int) -> Tensor:
-    """Sum of dout per id, [n, E], in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx."""
+def embedding_backward(dout: Tensor, ids: Tensor, n: int, wide: bool = False) -> Tensor:
+    """Sum of dout per id, [n, E], in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx.
+
+    wide: for few ids with many rows each. On a CPU aten sums 16-bit rows in 16 bits: of 4,128 one is lost in ten.
+    """
+    if wide and not dout.is_cuda and dout.dtype.itemsize == 2:
+        dout = dout.float()
     ids = torch.where((ids >= 0) & (ids < n), ids, -1).long()
     return torch.ops.aten.embedding_dense_backward(dout, ids, n, -1, False)
 

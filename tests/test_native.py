@@ -732,3 +732,13 @@ def test_info_says_what_runs():
     rows = info.info()
     assert rows["native CPU library"].startswith("_C")
     assert "native" in rows["ia3_scale on a CPU"] or "Triton" in rows["ia3_scale on a CPU"]
+
+
+def test_no_tokens_of_any_stride():
+    """A tensor without elements is contiguous whatever its strides are."""
+    embeds, cu_seqlens, prompts = torch.empty(8, 5).t()[:0], torch.zeros(3, dtype=torch.int32), torch.randn(2, 4, 8)
+    with peft_ops.set_backend("native"):
+        batch = peft_ops.prompt_concat_packed(
+            None, cu_seqlens, None, prompts, torch.tensor([1, 0]), max_seqlen=4, inputs_embeds=embeds
+        )
+    assert torch.equal(batch.inputs_embeds, prompts[[1, 0]].flatten(0, 1))

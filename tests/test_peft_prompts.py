@@ -6,11 +6,12 @@ from functools import cache
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from peft_ops import accelerate, restore
 from tests.conftest import DEVICE, assert_like_torch
-from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, alone, prompt_model, text
+from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = {"short": 2, "long": 5}
@@ -18,6 +19,10 @@ NAMES = ["short", BASE, "long", "short", BASE]
 LENGTHS = [7, 4, 5, 6, 7]
 SIDES = ["left", "right"]
 ENCODERS = [family for family in FAMILIES if family not in CAUSAL + SEQ2SEQ]
+
+
+def nightly(family: str):
+    return pytest.param(family, marks=pytest.mark.nightly)
 
 
 @cache
@@ -112,6 +117,16 @@ class TestForward:
         words = plain(family).get_base_model().get_input_embeddings()
         batch["inputs_embeds"] = words(batch.pop("input_ids")).detach()
         assert_rows(family, batch)
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_classifier_that_reads_the_last_token(self, family, side):
+        """PEFT's reads the last slot, be it padding."""
+        assert_rows(family, batch_of(family, side), task="SEQ_CLS")
+        batch = batch_of(family, side)
+        words = plain(family, task="SEQ_CLS").get_base_model().get_input_embeddings()
+        batch["inputs_embeds"] = words(batch.pop("input_ids")).detach()
+        assert_rows(family, batch, task="SEQ_CLS")
 
     def test_token_types_follow_their_tokens(self):
         """PEFT puts zeros before them, as here."""
@@ -266,7 +281,9 @@ class TestGeneration:
 
     @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
     @pytest.mark.parametrize("side", SIDES)
-    @pytest.mark.parametrize("family", CAUSAL + SEQ2SEQ)
+    @pytest.mark.parametrize(
+        "family", [nightly(f) if f in ("mistral", "qwen2", "phi3") else f for f in CAUSAL + SEQ2SEQ]
+    )
     def test_tokens_are_pefts_unpadded_ones(self, family, side, beams):
         if family in CAUSAL and side == "right":
             pytest.skip("a decoder continues its last slot: text is padded on the left")
@@ -333,6 +350,42 @@ class TestRefused:
         batch = batch_of("llama", "left")
         with pytest.raises(TypeError, match="with prompt adapters takes keyword arguments"):
             model.generate(batch["input_ids"], None, adapter_names=NAMES)
+
+    @pytest.mark.parametrize(
+        "name", ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"]
+    )
+    def test_what_generate_cannot_do_with_prompts(self, model, name):
+        value = [None] if name == "past_key_values" else 1
+        with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
+            model.generate(**batch_of("llama", "left"), adapter_names=NAMES, **{name: value})
+
+    def test_generate_into_an_empty_cache(self, model):
+        batch, options = batch_of("llama", "left"), dict(max_new_tokens=4, do_sample=False, adapter_names=NAMES)
+        cache = transformers.DynamicCache(config=model.get_base_model().config)
+        assert torch.equal(
+            model.generate(**batch, past_key_values=cache, **options), model.generate(**batch, **options)
+        )
+        with pytest.raises(ValueError, match="must not be given past_key_values"):
+            model.generate(**batch, past_key_values=cache, **options)
+
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_images_whose_positions_come_from_ids(self, generate):
+        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+        config = transformers.Qwen2VLConfig(
+            text_config=dict(**sizes, num_key_value_heads=2, vocab_size=VOCAB, rope_parameters=rope),
+            vision_config=dict(embed_dim=32, hidden_size=64, depth=1, num_heads=2),
+        )
+        base = transformers.Qwen2VLForConditionalGeneration(config)
+        prompt = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=64, num_layers=1, num_attention_heads=4
+        )
+        model = accelerate(peft.get_peft_model(base, prompt, "red").to(DEVICE).eval())
+        batch = batch_of("llama", "left")
+        call = model.generate if generate else model
+        assert call(**batch, adapter_names=["red", "__base__"] * 2 + ["red"]) is not None
+        with pytest.raises(ValueError, match="image_grid_thw must not be given .* whose positions of images come from"):
+            call(**batch, image_grid_thw=torch.ones(1, 3), adapter_names=["red"] * 5)
 
     def test_a_total_length_within_the_text(self, model):
         with pytest.raises(ValueError, match="max_length must exceed the 7 input ids, got 7"):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="bitwise PEFT's on a CPU; on a GPU the linear layers are fused")
 NAMES = ["red", BASE, "green", "red", "green"]
 LEVELS = ["module", "auto"]
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 def layer_model(layer: nn.Module, feedforward: bool, names=("red", "green"), vectors=FP32, **options) -> nn.Module:
@@ -59,7 +59,9 @@ LAYERS = {
 class TestLayers:
     """Bitwise PEFT's, also where vectors are narrower than what they scale, which PEFT then rounds."""
 
-    @pytest.mark.parametrize("dtype, vectors", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16)])
+    @pytest.mark.parametrize(
+        "dtype, vectors", [(FP32, FP32), (BF16, FP32), (BF16, BF16), (FP32, BF16), (FP32, FP64), (FP64, FP32)]
+    )
     def test_rows(self, kind, feedforward, dtype, vectors):
         make, shape, options = LAYERS[kind]
         model = layer_model(randomized(make()).to(dtype), feedforward, vectors=vectors, **options)
@@ -247,6 +249,53 @@ class TestNames:
                 assert torch.equal(model(**batch).logits, want) and torch.equal(model(**batch).logits, want)
         assert not torch.equal(model(**batch).logits, want)
 
+    def test_using_adapters_sees_what_is_written(self):
+        model = accelerate(ia3_model("llama"))
+        batch, names = batch_for(model, 3), ["red", BASE, "green"]
+        with using_adapters(model, names), torch.no_grad():
+            before = model(**batch).logits
+            set_vectors(model, "green", seed=1)
+            after = model(**batch).logits
+            assert torch.equal(after, model(**batch, adapter_names=names).logits)
+            assert torch.equal(before[:2], after[:2])
+            assert not torch.isclose(before[2], after[2]).any()
+            model.delete_adapter("green")
+            with pytest.raises(ValueError, match="must name adapters of the model.*got 'green'"):
+                model(**batch)
+
+    def test_using_adapters_inferring_then_training(self):
+        model = accelerate(ia3_model("llama", modules_to_save=["lm_head"]))
+        batch, names = batch_for(model, 3), ["red", BASE, "green"]
+        with using_adapters(model, names):
+            with torch.inference_mode():
+                want = model(**batch).logits
+            logits = model(**batch).logits
+            logits.sum().backward()
+        torch.testing.assert_close(logits, want)
+
+    def test_blocks_that_take_turns(self, model):
+        def steps(names):
+            with using_adapters(model, names):
+                yield
+
+        one, other = steps(["red"] * 3), steps(["green"] * 3)
+        next(one), next(other)
+        with pytest.raises(RuntimeError, match="must be left in the reverse order in which they were entered"):
+            next(one)
+
+    @pytest.mark.parametrize("below", ["base_model", "get_base_model"])
+    @pytest.mark.parametrize(
+        "make", [ia3_model, lambda family: prompt_model(family, {"red": 2})], ids=["ia3", "prompt"]
+    )
+    def test_names_given_below_the_model(self, make, below):
+        model = accelerate(make("llama"))
+        inner = model.base_model if below == "base_model" else model.get_base_model()
+        with pytest.raises(
+            ValueError, match=f"given to the PeftModel .* got them in a call of its {type(inner).__name__}"
+        ):
+            inner(**batch_for(model, 3), adapter_names=["red"] * 3)
+        assert inner(**batch_for(model, 3)).logits.isfinite().all()
+
     def test_using_adapters_follows_the_switches(self, model):
         """What layers keep for the rest of the call does not outlive a switch of PEFT's."""
         batch = batch_for(model, 5)
@@ -325,7 +374,12 @@ class TestLifeCycle:
         model.gradient_checkpointing_enable()
         with model.disable_adapter():  # leaves methods of the class on an instance
             pass
-        before, batch = [(type(module), set(vars(module))) for module in model.modules()], batch_for(model, 5)
+        model.get_base_model().register_forward_pre_hook(lambda module, args: None)
+
+        def seen():
+            return [(type(module), set(vars(module)), [*module._forward_pre_hooks]) for module in model.modules()]
+
+        before, batch = seen(), batch_for(model, 5)
         want = model(**batch).logits
         accelerate(model, level=level)
         assert any(isinstance(module, Swapped) for module in model.modules())
@@ -333,7 +387,7 @@ class TestLifeCycle:
         model(**batch, adapter_names=NAMES).logits.sum().backward()
         model.zero_grad()
         restore(model.eval())
-        assert [(type(module), set(vars(module))) for module in model.modules()] == before
+        assert seen() == before
         assert torch.equal(model(**batch).logits, want)
 
     def test_twice_is_once(self, level):
@@ -556,8 +610,8 @@ class TestGuests:
 
     def test_compile(self):
         model = accelerate(ia3_model("llama"))
-        batch = batch_for(model, 5)
-        base = model.get_base_model()
+        batch, base = batch_for(model, 5), model.get_base_model()
+        del base.model.layers[1:]  # half the time
         want = [model(**batch, adapter_names=names).logits for names in (NAMES, NAMES[::-1], [BASE] * 5)]
         unnamed = model(**batch).logits
         base.forward = torch.compile(base.forward, backend="eager")

@@ -338,6 +338,22 @@ def test_gradients(op, which, dtype):
 
 
 @each_op
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_tables_of_few_rows_get_sums_of_many(op, backend, dtype):
+    """Two types share 2,048 slots: summed in 16 bits, the gradient would be off by a tenth. Once rounded it is."""
+    B, S, E = 8, 256, 4
+    ids = torch.randint(0, 9, (B, S), device=DEVICE)
+    embedding, prompts, types = (torch.randn(n, E, dtype=dtype, device=DEVICE) for n in (9, 3, 2))
+    types.requires_grad_()
+    with peft_ops.set_backend(backend):
+        out = call(op, ids, embedding, prompts, None, token_type_embedding=types)
+    dout = torch.randn_like(out)
+    got, want = torch.autograd.grad(out, types, dout)[0].double(), dout.double().sum((0, 1))
+    torch.testing.assert_close(got[0], want, rtol=torch.finfo(dtype).eps, atol=1e-3)
+    assert not got[1].any()
+
+
+@each_op
 def test_gradient_only_where_asked(op):
     """And what is kept for it: position ids, types and the map of tokens only where their table learns."""
     args, kwargs = make(op), chosen(op, "everything")

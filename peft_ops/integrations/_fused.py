@@ -192,11 +192,12 @@ def prepare_hidden(parts: Parts, x: Tensor) -> Callable[[Tensor], Tensor] | None
 
 
 def _selection(parts: Parts, x: Tensor) -> tuple | None:
-    if why_not_fused(parts) is not None or parts.down.needs_peft(x):
+    if why_not_fused(parts) is not None:
         return None
     if x.dtype != weight_of(parts.up)[0].dtype and not torch.is_autocast_enabled(x.device.type):
         return None
-    return parts.down.selection(x)
+    selected = parts.down.selection(x)
+    return None if selected is None or parts.down.needs_peft(x, selected[0]) else selected
 
 
 class MixedMLP(Swapped):
@@ -289,7 +290,7 @@ class PairFirst(MixedLinear):
         if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         mine, others = self.selection(x), second.selection(x)
-        if mine is None or others is None:
+        if mine is None or others is None or self.needs_peft(x, mine[0]) or second.needs_peft(x, others[0]):
             return super().forward(x)
         a, b = self.base_layer, second.base_layer
         y, other = ia3_kv_linear(

@@ -87,8 +87,10 @@ class MixedLinear(MixedLayer):
     def _features(self) -> int:
         return self.in_features if self.is_feedforward else self.out_features
 
-    def needs_peft(self, x: Tensor) -> bool:
-        """PEFT's arithmetic differs from the operator's: the vectors are narrower than a feed-forward input."""
+    def needs_peft(self, x: Tensor, table: Tensor) -> bool:
+        """PEFT's arithmetic is not the operator's: the vectors are narrower than a feed-forward input, or fp64."""
+        if table.dtype is torch.float64 and x.dtype is not torch.float64:
+            return True
         call = call_of(self._peft_ops)
         return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
 
@@ -99,7 +101,7 @@ class MixedLinear(MixedLayer):
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         call = call_of(self._peft_ops)
         selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
-        if selected is None or self.needs_peft(x):
+        if selected is None or self.needs_peft(x, selected[0]):
             return self.unprepared
         (table, ids), base = selected, self.base_layer
         if self.is_feedforward:
@@ -113,9 +115,9 @@ class MixedLinear(MixedLayer):
         selected = self.selection(x)
         if selected is None:
             return super().forward(x, *args, **kwargs)  # unmerges, too, as PEFT does where adapters are disabled
-        if self.needs_peft(x):
-            return self._as_peft(x, *args, **kwargs)
         table, ids = selected
+        if self.needs_peft(x, table):
+            return self._as_peft(x, *args, **kwargs)
         base = self.base_layer
         if x.is_cuda and not args and not kwargs and why_not_exact(base) is None:
             return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
@@ -128,14 +130,18 @@ class MixedLinear(MixedLayer):
         if call is None:
             return super().forward(x, *args, **kwargs)
 
-        def scaled(name: str | None) -> Tensor:
-            if name not in self.ia3_l:
-                return x
-            scale = self.ia3_l[name]
-            return (x.to(scale.dtype) * scale.flatten()).to(x.dtype)
+        def scaled(y: Tensor, name: str | None) -> Tensor:
+            vector = self.ia3_l[name] if name in self.ia3_l else call.of_bank(self._peft_ops_key, name)
+            if vector is None:
+                return y
+            scale = vector.flatten()
+            return ((y.to(scale.dtype) if self.is_feedforward else y) * scale).to(y.dtype)
 
         names = list(dict.fromkeys(call.rows))
-        return self.base_layer(call.by_row(x, self, names, scaled), *args, **kwargs)
+        if self.is_feedforward:
+            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)), *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        return call.by_row(y, self, names, lambda name: scaled(y, name))
 
 
 class MixedConv(MixedLayer):

@@ -1,6 +1,7 @@
 """Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
 
 import inspect
+import re
 from functools import reduce
 
 import torch
@@ -89,8 +90,7 @@ def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
     """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
     mask, bank = kwargs.get("attention_mask"), call.shared.bank
     some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
-    some &= not any(hasattr(module, "get_rope_index") for module in model.modules())  # positions of images are 3-D
-    if not some or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+    if not some or _counts_in_3d(model) or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
         return kwargs
     return kwargs | positions_of(model.get_base_model(), mask)
 
@@ -116,9 +116,17 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
     if ids is None and embeds is None:
         raise ValueError("adapter_names: input_ids or inputs_embeds must be given with prompt adapters, got neither")
     labels = kwargs.get("labels")
+    _refuse_images(base, kwargs)
     decoder_only = not base.config.is_encoder_decoder
     per_token = labels is not None and decoder_only and labels.shape == (ids if embeds is None else embeds).shape[:2]
     left, mask = decoder_only and is_decoder(base), kwargs.get("attention_mask")
+    if left and mask is not None and type(base).__name__.endswith("ForSequenceClassification"):
+        # given embeddings, it reads the last slot of every row: pads go to the front
+        order = (mask != 0).long().argsort(dim=1, stable=True)
+        tokens = {"token_type_ids": kwargs.get("token_type_ids"), "attention_mask": mask}
+        kwargs |= {name: value.gather(1, order) for name, value in tokens.items() if value is not None}
+        mask, ids = kwargs["attention_mask"], None if ids is None else ids.gather(1, order)
+        embeds = None if embeds is None else embeds.gather(1, order[..., None].expand_as(embeds))
     batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if per_token:
@@ -139,6 +147,31 @@ def is_decoder(base: nn.Module) -> bool:
     return causal or getattr(base.config, "is_decoder", False)
 
 
+def _refuse_images(base: nn.Module, kwargs: dict) -> None:
+    given = next((k for k, v in kwargs.items() if v is not None and re.search(r"pixel_values|grid_thw", k)), None)
+    if given is not None and _counts_in_3d(base):
+        raise ValueError(
+            f"adapter_names: {given} must not be given together with prompt adapters to a {type(base).__name__}, whose "
+            f"positions of images come from input_ids"
+        )
+
+
+def _counts_in_3d(base: nn.Module) -> bool:
+    """Positions of text and images are of time, height and width (Qwen2-VL)."""
+    return any(hasattr(module, "get_rope_index") for module in base.modules())
+
+
+def _length(past) -> int:
+    return past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+
+
+# of the text alone, or made by a model that would not see the prompts
+GENERATE_REFUSES = (
+    "past_key_values", "position_ids", "token_type_ids", "assistant_model", "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)  # fmt: skip
+
+
 def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
     """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
     prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
@@ -146,6 +179,10 @@ def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> 
         kwargs["input_ids"], *rest = args
         if rest:
             raise TypeError("adapter_names: generate() with prompt adapters takes keyword arguments")
+    for name in GENERATE_REFUSES:
+        if kwargs.get(name) is not None and (name != "past_key_values" or _length(kwargs[name])):
+            raise ValueError(f"adapter_names: generate() with prompt adapters must not be given {name}")
+    _refuse_images(base, kwargs)
     ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")

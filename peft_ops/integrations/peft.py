@@ -1,6 +1,7 @@
 """`adapter_names` for (IA)^3 and prompt adapters in PEFT models: every row of a batch with its own."""
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -15,6 +16,14 @@ from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE
 
 OLDEST = "0.19"
+SEQUENCE_FIRST = (  # [S, B, K]
+    "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer",
+    "modeling_longformer.LongformerSelfAttention", "modeling_led.LEDEncoderSelfAttention",
+)  # fmt: skip
+TOWERS = {  # of models that put what they make of images between the embeddings of a text
+    "vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model", "visual", "multi_modal_projector",
+    "connector", "aligner", "image_embed", "audio_embed",
+}  # fmt: skip
 FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
 
 
@@ -61,6 +70,8 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     except ValueError:
         restore(model)
         raise
+    for module in {model.base_model, model.get_base_model()}:
+        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     return model
 
 
@@ -73,12 +84,22 @@ def restore(model: nn.Module) -> nn.Module:
         func = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(func, _Checkpoint):
             module._gradient_checkpointing_func = func.func
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_names]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
+
+
+def _refuse_names(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if kwargs.get("adapter_names") is not None:  # which transformers' models would take, and ignore
+        raise ValueError(
+            f"adapter_names must be given to the PeftModel that accelerate() took, got them in a call of its "
+            f"{type(module).__name__}"
+        )
 
 
 _ATTRIBUTES = (
     "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second", "_peft_ops_kept",
-    "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward",
+    "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward", "_peft_ops_sees",
 )  # fmt: skip
 
 
@@ -234,6 +255,7 @@ def _swap_layers(model: nn.Module) -> None:
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
     if shared.bank is not None:
         _check_bank(base, shared.bank)
+    _say_what_layers_see(base)
     for module in base.modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
@@ -241,6 +263,23 @@ def _swap_layers(model: nn.Module) -> None:
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
             _swap_fused(module, shared)
+
+
+def _say_what_layers_see(base: nn.Module) -> None:
+    """Where the first dimension of a layer's input is not the batch, but may be as long by chance."""
+    for module in base.modules():
+        if f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}" in SEQUENCE_FIRST:
+            for part in module.modules():
+                if isinstance(part, Swapped):
+                    part._peft_ops_sees = "positions of the text", ()
+    config = vars(getattr(base, "config", object)).items()
+    tokens = tuple(value for name, value in config if re.fullmatch(r"(image|video|audio)_token_(id|index)", name))
+    for name, module in base.named_modules():
+        if isinstance(module, Swapped):
+            if "experts" in (parts := name.split(".")):
+                module._peft_ops_sees = "tokens that were routed to it", ()
+            elif tokens and not TOWERS.isdisjoint(parts):
+                module._peft_ops_sees = "images or sounds", tokens
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -340,6 +379,7 @@ class MixedModel(Swapped):
                 return super().forward(*args, **kwargs)
         with ExitStack() as stack:
             call = _call(self, adapter_names, _rows(args, kwargs), 1, stack)
+            call.input_ids = _input_ids(args, kwargs)
             if torch.is_grad_enabled():
                 self._peft_ops.mixed = True
                 self._keep_calls_through_checkpoints()
@@ -359,6 +399,7 @@ class MixedModel(Swapped):
                 return super().generate(*args, **kwargs)
         with ExitStack() as stack:
             call = _call(self, adapter_names, _rows(args, kwargs), self._repeats(kwargs), stack)
+            call.input_ids = _input_ids(args, kwargs)
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
@@ -379,7 +420,13 @@ class MixedModel(Swapped):
     def _unnamed(self) -> Call:
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
         around = current_call()
-        return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
+        if around is None or around.shared is not self._peft_ops:
+            return Call(self._peft_ops)
+        gone = next((name for name in around.names if name not in self.peft_config and name not in around.held), None)
+        if gone is not None:
+            raise ValueError(_unknown(self, gone))
+        around.renew()
+        return around
 
     @contextmanager
     def disable_adapter(self):
@@ -423,6 +470,11 @@ def _rows(args: tuple, kwargs: dict) -> int | None:
     names = "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values"
     tensors = [*args[:1], *(kwargs.get(name) for name in names)]
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
+
+
+def _input_ids(args: tuple, kwargs: dict) -> Tensor | None:
+    ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]) if t is not None), None)
+    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
 
 def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack: ExitStack) -> Call:

@@ -227,11 +227,11 @@ def _backward(ctx, dout, *_):
         dtokens = None
     if of_positions:
         rows = reference.position_rows(bad, positions, ctx.position_offset)
-        dpositions = reference.embedding_backward(dout, rows, num_positions).to(positions_dtype)
+        dpositions = reference.embedding_backward(dout, rows, num_positions, wide=True).to(positions_dtype)
     if of_types:
         types = None if type_ids is None else reference.slot_types(type_ids, token_map)
         rows = reference.type_rows(bad.expand_as(token_map), types)
-        dtypes = reference.embedding_backward(dout, rows, num_types).to(types_dtype)
+        dtypes = reference.embedding_backward(dout, rows, num_types, wide=True).to(types_dtype)
     return dtokens, dembedding, dprompts, dpositions, dtypes, *(None,) * 9
 
 

@@ -171,10 +171,10 @@ def _backward(ctx, dout, _):
         dembedding = reference.embedding_backward(dtokens, tokens, ctx.vocabulary)
     if of_positions:
         ids = reference.position_rows(bad, position_ids, ctx.position_offset)
-        dpositions = reference.embedding_backward(dout, ids, num_positions).to(positions_dtype)
+        dpositions = reference.embedding_backward(dout, ids, num_positions, wide=True).to(positions_dtype)
     if of_types:
         ids = reference.type_rows(bad, type_ids)
-        dtypes = reference.embedding_backward(dout, ids, num_types).to(types_dtype)
+        dtypes = reference.embedding_backward(dout, ids, num_types, wide=True).to(types_dtype)
     return None, dembedding, dprompts, dpositions, dtypes, *(None,) * 6
 
 
