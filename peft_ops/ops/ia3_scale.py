@@ -136,10 +136,10 @@ def _ia3_scale_backward(
     dy: Tensor, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None, needs: list[bool]
 ):
     need_dx, need_dl = needs
-    if use_native("ia3_scale_backward", x):
-        dx, dl = native.ia3_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
-    elif use_triton("ia3_scale", x):
+    if use_triton("ia3_scale", x):
         dx, dl = launch_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
+    elif use_native("ia3_scale_backward", x):
+        dx, dl = native.ia3_scale_backward(as_rows(dy), as_rows(x), ia3_l, task_ids, activation, need_dx, need_dl)
     else:
         dx, dl = reference.act_scale_backward(dy, x, ia3_l, task_ids, activation, need_dx, need_dl)
     return dx.view(x.shape) if need_dx else dx, dl

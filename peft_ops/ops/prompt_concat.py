@@ -177,10 +177,10 @@ def _prompt_concat_fake(
 
 
 def _prompt_concat_backward(dout, layout, num_tasks, P):
-    if use_native("prompt_concat_backward", dout):
-        return native.prompt_concat_backward(dout, layout, num_tasks, P)
     if use_triton("prompt_concat", dout):
         return launch_concat_backward(dout, layout, num_tasks, P)
+    if use_native("prompt_concat_backward", dout):
+        return native.prompt_concat_backward(dout, layout, num_tasks, P)
     return reference.concat_backward(dout, layout, num_tasks, P)
 
 
