@@ -208,15 +208,14 @@ def test_outputs_of_any_address(offset, dtype, host):
 def test_pieces_are_aligned_and_cover_the_row_once(size, host):
     for N in (1, 3, 8, 9, 64, 1023):
         for address in range(0, 32, size):
-            seen, i, span = [], 0, (ctypes.c_int * 3)()
-            while True:
+            seen, span = [], (ctypes.c_int * 3)()
+            for i in range(N + 2):
                 host.library.piece_of(ctypes.c_void_p(address), i, N, size, span)
                 start, first, last = span
                 if last <= 0:
                     break
                 assert (address + start * size) % 16 == 0 and 0 <= first < last <= 16 // size
                 seen += range(start + first, start + last)
-                i += 1
             assert seen == list(range(N))
 
 
