@@ -9,7 +9,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from peft_ops.nn.adapters import writes
 from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
@@ -67,7 +66,7 @@ class Call:
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
-        self._sources: list[tuple[Tensor, int | None]] = []
+        self._sources: list[tuple[Tensor, int]] = []
 
     def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
         """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
@@ -89,7 +88,7 @@ class Call:
 
     def renew(self) -> None:
         """Drop what was made from vectors that have been written since: a call may outlive a step of an optimizer."""
-        if any(writes(vector) != count for vector, count in self._sources):
+        if any(vector._version != count for vector, count in self._sources):
             self.forget()
 
     def forget(self) -> None:
@@ -123,7 +122,7 @@ class Call:
             table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
         if keep:
             self._tables[layer] = table
-            self._sources += [(row, writes(row)) for row in rows if row is not None]
+            self._sources += [(row, row._version) for row in rows if row is not None and not row.is_inference()]
         return table
 
     def of_bank(self, key: str | None, name: str | None) -> Tensor | None:
