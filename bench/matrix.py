@@ -5,8 +5,9 @@
     python -m bench.matrix out.jsonl --quick        # small layers, a few milliseconds each: walks the whole path
 
 Peers: `bare` the layer without adapters, `eager` PEFT's arithmetic with each row's vector gathered, `peft` PEFT's
-module with one adapter, `ft_style` vendor GEMM and one fused elementwise pass, `peft_ops` ours, `compile` torch.compile
-of eager (--compile: minutes per shape). Correctness is checked against fp64 before anything is timed.
+module with one adapter, `ft_style` vendor GEMM and one fused elementwise pass, `native` the same with the C++ kernel,
+`peft_ops` ours, `compile` torch.compile of eager (--compile: minutes per shape). Correctness is checked against fp64
+before anything is timed.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench.harness import compare, copies_for
 from bench.shapes import LAYERS, Layer
 from bench.tune import Inputs, apply, is_right
 from peft_ops import reference
+from peft_ops._library import has_native
 from peft_ops.ops.ia3_glu import glu_forward
 from peft_ops.ops.ia3_scale import scale_forward
 
@@ -80,6 +82,11 @@ def ft_style(inputs: Inputs) -> tuple:
     return tuple(scale_forward("ft_style", z, t, ids, layer.activation) for z, t in zip(zs, tables, strict=True))
 
 
+def native(inputs: Inputs) -> tuple:
+    with peft_ops.set_backend("native"):
+        return ft_style(inputs)
+
+
 def peft_modules(sets: list[Inputs]) -> list[list[nn.Module]]:
     """PEFT's layers on each set's weights, one adapter active: it cannot mix."""
     import peft
@@ -119,6 +126,8 @@ def peers(layer: Layer, sets: list[Inputs], with_compile: bool) -> dict[str, Cal
         "ft_style": lambda i: ft_style(sets[i]),
         "eager": lambda i: eager(sets[i]),
     }
+    if layer.op != "glu" and has_native(sets[0].x.device.type):
+        calls["native"] = lambda i: native(sets[i])
     if layer.op != "glu" and layer.activation is None and _installed("peft"):
         modules = peft_modules(sets)
         calls["peft"] = lambda i: [module(sets[i].x) for module in modules[i]]

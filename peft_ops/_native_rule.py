@@ -1,4 +1,4 @@
-"""Where a native CPU kernel beats plain PyTorch: what `auto` asks on a CPU, read off bench/native_cpu.py."""
+"""Where a native kernel wins, over plain PyTorch on a CPU (bench/native_cpu.py), over Triton on a GPU: `auto` asks."""
 
 import torch
 
@@ -48,3 +48,12 @@ def native_wins(op: str, dtype: torch.dtype, numel: int, fused: bool = True) -> 
     fused: it does more than multiply by one vector: gathers one per task, applies an activation, or sums a gradient.
     """
     return fused or op != "ia3_scale" or dtype != torch.float32 or numel < PLAIN_FP32
+
+
+CUDA_OPS = ("ia3_scale", "prompt_concat")  # what csrc/cuda has: set_backend("native") runs it on CUDA tensors
+# Elements of the output up to which an operator's CUDA C++ kernel beats Triton's in a benchmark: none was run so far.
+CUDA_WINS: dict[str, int] = {}
+
+
+def native_wins_on_cuda(op: str, numel: int) -> bool:
+    return numel <= CUDA_WINS.get(op, -1)

@@ -1107,7 +1107,7 @@ def test_checkpointing_recomputes_the_same():
 @pytest.mark.skipif(KERNELS, reason="about an install without the native library, on a CPU")
 @pytest.mark.parametrize("side", SIDES)
 def test_without_the_native_library(side, dtype, monkeypatch):
-    monkeypatch.setattr(_library, "_HAS_NATIVE", False)
+    monkeypatch.setattr(_library, "_NATIVE", frozenset())
     ids, embedding, prompts = make(6, 7, dtype=dtype, prompts_dtype=torch.float32)
     kwargs = dict(prompt_lengths=tensor(LENGTHS), attention_mask=masks(7), padding_side=side)
     p, x = prompts.clone().requires_grad_(), embedding[ids].requires_grad_()

@@ -121,10 +121,10 @@ def sum_chunks(part: Tensor, chunk_start: Tensor, dl: Tensor) -> None:
 def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
     """act(x) * ia3_l[t], contiguous. The elementwise half of every (IA)^3 operator: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
-    if use_triton(op, x):
-        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
         return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    if use_triton(op, x):
+        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
 
 

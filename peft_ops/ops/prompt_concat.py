@@ -125,13 +125,16 @@ def _prompt_concat(
     tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask, labels,
     type_ids, position_offset, embed_scale, left, after_bos,
 ):  # fmt: skip
-    (num_tasks, P, _), (B, S) = prompts.shape, tokens.shape[:2]
+    (num_tasks, P, E), (B, S) = prompts.shape, tokens.shape[:2]
     _check_values(tokens, embedding, task_ids, prompt_lengths, attention_mask, type_ids, type_embedding, num_tasks, P)
     tables = position_embedding, position_offset, type_embedding, type_ids
     source = tokens if embedding is None else embedding
     others = (t for t in (prompts, position_embedding, type_embedding) if t is not None)
     widest = next((t for t in others if t.dtype == torch.float64), source)  # fp64 anywhere runs on plain PyTorch
-    if use_triton("prompt_concat", widest):
+    copies = position_embedding is None and type_embedding is None and (embedding is None or embed_scale == 1.0)
+    on_native = use_native("prompt_concat", widest, numel=B * (P + S) * E)
+    on_native = on_native and (copies or not widest.is_cuda)  # the CUDA C++ kernel scales and adds nothing
+    if not on_native and use_triton("prompt_concat", widest):
         outputs = launch_concat(
             tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask,
             labels, type_ids, position_offset, embed_scale, left, after_bos,
@@ -145,7 +148,7 @@ def _prompt_concat(
     mask, positions, labels, token_map = reference.concat_metadata(layout, attention_mask, labels, S, P)
     added = _added(layout, positions, token_map, *tables)
     check_added_in_range("prompt_concat", added, position_offset)
-    if use_native("prompt_concat", widest):
+    if on_native:
         scale = reference.scale_of(embed_scale, source.dtype)
         out = native.prompt_concat(tokens, embedding, prompts, layout, scale, *added[0], *added[1])
     else:
