@@ -44,7 +44,7 @@ SCHEMAS = {
     " -> Tensor",
 }
 # csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
-# x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
+# x, dy, z, gate, up, dh: [M, N], last dimension contiguous, or [..., N], contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
     "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
     "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",

@@ -189,6 +189,28 @@ def test_backward_is_as_good_as_torch(activation, l_dtype, dtype):
         assert_bits(none[1], first[1])
 
 
+@pytest.mark.parametrize("ids", [None, IDS["mixed"]], ids=["no ids", "mixed"])
+@pytest.mark.parametrize("size", [(3, 4, 65), (2, 2, 3, 1), (12, 1, 0)], ids=str)
+def test_more_dimensions_are_rows(size, ids, dtype):
+    a, b, c = (randn(*size, dtype=dtype) for _ in range(3))
+    ia3_l, rows = randn(TASKS, size[-1], dtype=F32), [t.reshape(12, size[-1]) for t in (a, b, c)]
+    pairs = [
+        ([native.ia3_scale(a, ia3_l, ids, "silu")], [native.ia3_scale(rows[0], ia3_l, ids, "silu")]),
+        ([native.ia3_glu(a, b, ia3_l, ids, "silu")], [native.ia3_glu(*rows[:2], ia3_l, ids, "silu")]),
+        *(
+            (op(*tensors, ia3_l, ids, "silu", True, True), op(*flat, ia3_l, ids, "silu", True, True))
+            for op, tensors, flat in (
+                (native.ia3_scale_backward, (a, b), rows[:2]),
+                (native.ia3_glu_backward, (a, b, c), rows),
+            )
+        ),
+    ]
+    for got, want in pairs:
+        for x, y in zip(got, want, strict=True):
+            assert x.is_contiguous() and (x.shape == size or x.shape == ia3_l.shape)
+            assert_bits(x.reshape(y.shape), y)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_backward_gives_what_is_asked_for(activation, dtype):
     z, dy, ia3_l = randn(12, 65, dtype=dtype), randn(12, 65, dtype=dtype), randn(TASKS, 65, dtype=F32)
@@ -615,7 +637,8 @@ BAD_CALLS = [
     ("first_bad_id", (X, 2), "task_ids must be int32 or int64, got Float"),
     ("first_bad_id", (torch.tensor([0]), -1), "num_tasks must not be negative, got -1"),
     ("ia3_scale", (X.double(), TABLE, None, None), "x must be float32, float16 or bfloat16, got Double"),
-    ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, got shape \[8\]"),
+    ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, or contiguous with more dimensions, got shape \[8\]"),
+    ("ia3_scale", (X[None].mT, TABLE, None, None), "x must be 2-D, or contiguous with more dimensions, got shape"),
     ("ia3_scale", (X.t(), TABLE[:, :4], None, None), "x must be contiguous in its last dimension, got stride 8"),
     ("ia3_scale", (X, TABLE.long(), None, None), "ia3_l must be float32, float16 or bfloat16, got Long"),
     ("ia3_scale", (X, TABLE[:, :7], None, None), r"ia3_l must have 8 columns as x has, got shape \[2, 7\]"),

@@ -263,6 +263,28 @@ class TestNames:
             with pytest.raises(ValueError, match="must name adapters of the model.*got 'green'"):
                 model(**batch)
 
+    @pytest.mark.parametrize("part", ["self_attn.k_proj.base_layer", "mlp.gate_proj", "mlp.down_proj.base_layer"])
+    @pytest.mark.parametrize("how", ["hook", "global hook", "pre-hook", "forward"])
+    def test_what_comes_in_the_middle_of_a_call_is_called(self, part, how):
+        model = accelerate(ia3_model("llama"))
+        batch, layer, seen = batch_for(model, 3), model.get_base_model().model.layers[0].get_submodule(part), []
+        if how == "global hook":
+            hook = nn.modules.module.register_module_forward_hook(
+                lambda m, *args: seen.append(m) if m is layer else None
+            )
+        with using_adapters(model, ["red", BASE, "green"]), torch.no_grad():
+            model(**batch)
+            if how == "hook":
+                layer.register_forward_hook(lambda *args: seen.append(layer))
+            elif how == "pre-hook":
+                layer.register_forward_pre_hook(lambda *args: seen.append(layer))
+            elif how == "forward":
+                layer.forward = lambda x: seen.append(layer) or nn.Linear.forward(layer, x)
+            model(**batch)
+        if how == "global hook":
+            hook.remove()
+        assert len(seen) == (2 if how == "global hook" else 1)
+
     def test_using_adapters_inferring_then_training(self):
         model = accelerate(ia3_model("llama", modules_to_save=["lm_head"]))
         batch, names = batch_for(model, 3), ["red", BASE, "green"]

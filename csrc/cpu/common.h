@@ -78,11 +78,18 @@ struct Rows {
 std::string shape_of(const Tensor& t);
 Dtype float_dtype(const char* op, const char* arg, const Tensor& t);
 Rows float_rows(const char* op, const char* arg, const Tensor& t);
+Rows batch_rows(const char* op, const char* arg, const Tensor& t); // may have more than two dimensions, if contiguous
 Tensor empty(
+    const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype, int32_t device_type, int32_t device_index);
+Tensor contiguous_like(const Tensor& t);
+
+inline Tensor empty(
     std::initializer_list<int64_t> sizes,
     torch::headeronly::ScalarType dtype,
     int32_t device_type = aoti_torch_device_type_cpu(),
-    int32_t device_index = 0);
+    int32_t device_index = 0) {
+  return empty(sizes.begin(), sizes.size(), dtype, device_type, device_index);
+}
 
 // int32 or int64 ids in flattened order
 struct Ids {

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from peft_ops._backend import use_triton
 from peft_ops.integrations._calls import call_of, step_of
-from peft_ops.integrations._layers import MixedLinear, why_not_exact
+from peft_ops.integrations._layers import MixedLinear, linear_of, why_not_exact
 from peft_ops.integrations._swap import Swapped
 from peft_ops.nn.adapters import writes
-from peft_ops.ops.ia3_glu import glu_known, ia3_glu_linear
+from peft_ops.ops.ia3_glu import glu_by, ia3_glu_linear
 from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_linear
-from peft_ops.ops.ia3_scale import scale_known
+from peft_ops.ops.ia3_scale import scale_by
 
 # transformers' and torch's activation modules that an operator has
 ACTIVATIONS = {
@@ -183,12 +183,15 @@ def prepare_hidden(parts: Parts, x: Tensor) -> Callable[[Tensor], Tensor] | None
     selected = None if x.is_cuda else _selection(parts, x)
     if selected is None:
         return None
-    (table, ids), act, gate, up = selected, activation_of(parts.act), parts.gate, parts.up
+    act, up = activation_of(parts.act), linear_of(parts.up)
+    if parts.gate is None and not parts.packed:
+        scale = scale_by(*selected, act)
+        return lambda x: scale(up(x))
+    glu = glu_by(*selected, act)
     if parts.packed:
-        return lambda x: glu_known(*up(x).chunk(2, dim=-1), table, ids, act)
-    if gate is not None:
-        return lambda x: glu_known(gate(x), up(x), table, ids, act)
-    return lambda x: scale_known(up(x), table, ids, act)
+        return lambda x: glu(*up(x).chunk(2, dim=-1))
+    gate = linear_of(parts.gate)
+    return lambda x: glu(gate(x), up(x))
 
 
 def _selection(parts: Parts, x: Tensor) -> tuple | None:
@@ -217,7 +220,7 @@ class MixedMLP(Swapped):
         before = prepare_hidden(parts, x)
         if before is None or form.dropout is not None or form.out_dropout is not None:
             return self.unprepared if before is None else lambda x: self.after(parts, before(x))
-        down = parts.down.base_layer
+        down = linear_of(parts.down.base_layer)
         return lambda x: down(before(x))
 
     def after(self, parts: Parts, h: Tensor) -> Tensor:

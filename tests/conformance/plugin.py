@@ -84,12 +84,19 @@ def counting(operator, calls: Counter, broken: str | None):
     def run(*args, **kwargs):
         bound = signature.bind(*args, **kwargs)
         vectors = [name for name in bound.arguments if name.endswith("ia3_l")]
-        calls[operator.__name__] += len(vectors)
+        trained = sum(torch.is_grad_enabled() and bound.arguments[name].requires_grad for name in vectors)
+
+        def count():
+            calls[operator.__name__] += len(vectors)
+            calls["trained"] += trained
+
         for name in vectors:
-            ia3_l = bound.arguments[name]
-            calls["trained"] += torch.is_grad_enabled() and ia3_l.requires_grad
-            bound.arguments[name] = ia3_l if broken is None else BREAKS[broken](ia3_l)
-        return operator(*bound.args, **bound.kwargs)
+            bound.arguments[name] = bound.arguments[name] if broken is None else BREAKS[broken](bound.arguments[name])
+        out = operator(*bound.args, **bound.kwargs)
+        if not callable(out):
+            count()
+            return out
+        return lambda *tensors: (count(), out(*tensors))[1]  # a step that is prepared once, and counts when it runs
 
     return run
 
