@@ -95,6 +95,18 @@ def test_no_rows_first(make, sees, level):
     assert not any("_peft_ops" in name for module in model.modules() for name in vars(module))
 
 
+def test_multiple_choice():
+    """[B, choices, S], which the model flattens in order: every choice has its row's adapter."""
+    config = transformers.BertConfig(**SEEN, vocab_size=50, num_hidden_layers=2)
+    model = adapted(lambda: (transformers.BertForMultipleChoice(config), ["key", "output.dense"], ["output.dense"]))
+    batch = {"input_ids": torch.randint(2, 50, (4, 3, 5), device=DEVICE)}
+    want = row_by_row(model, FOUR, lambda model: model(**batch).logits)
+    accelerate(model)
+    torch.testing.assert_close(model(**batch, adapter_names=FOUR).logits, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one name per row, for 4 rows, got 12"):
+        model(**batch, adapter_names=FOUR * 3)
+
+
 class TestImages:
     def batch(self, counts):
         ids = text([12] * len(counts), seed=5)["input_ids"] % IMAGE

@@ -368,6 +368,8 @@ class TestOtherModels:
 
     def test_functions_of_accelerated_models(self):
         model = ia3_model("llama")
+        with pytest.raises(TypeError, match="accelerate: bank must be a peft_ops.nn.TaskBank, got dict"):
+            accelerate(ia3_model("llama"), bank={"x": 1})
         for function in (report, lambda model: using_adapters(model, ["red"]).__enter__()):
             with pytest.raises(TypeError, match="must have been given to peft_ops.accelerate"):
                 function(model)

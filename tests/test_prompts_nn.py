@@ -623,6 +623,8 @@ VALUE_ERRORS = {
     "load-empty": (lambda: embeddings().load_peft_table("x", torch.ones(0, E)), "at least one virtual token"),
     "load-taken": (lambda: embeddings().load_peft_table("red", torch.ones(1, E)), "a new name, got 'red'"),
     "load-shared": (lambda: load_beside_a_shared_network(), "trainable must be False where the network"),
+    "prompt-name": (lambda: embeddings().prompt("x"), "adapter must be one of .* got 'x'"),
+    "length-name": (lambda: embeddings().num_virtual_tokens("x"), "adapter must be one of .* got 'x'"),
     "peft-name": (lambda: embeddings().peft_state_dict("x"), "adapter must be one of .* got 'x'"),
     "rebuild": (lambda: PromptEmbedding.from_state_dict({"x.y": 1}), r"encoders.<adapter>.\* and .* got 'x.y'"),
     "mlp-up": (lambda: IA3GatedMLP(linear(), nn.Linear(E, 9), linear()), "up_proj must map 8 to 8 features"),

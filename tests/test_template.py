@@ -222,3 +222,21 @@ def test_bad_input(tokenizer):
         template.mask_positions(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="^Template.mask_positions: input_ids must have 2 dim"):
         Template("[MASK]", tokenizer, V).mask_positions(torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("form", ["<P*0> [MASK]", "<P * 3>", "a <P*> b", "< P>", "<P3>"])
+def test_virtual_tokens_that_are_not_clear(form, tokenizer):
+    with pytest.raises(ValueError, match=r"form must hold virtual tokens as <P> or <P\*n>, n from 1 on, got '<"):
+        Template(form, tokenizer, vocab_size=40)
+
+
+def test_bad_types(tokenizer):
+    for args, what in (
+        ((3, tokenizer, 40), "form must be a str, got int"),
+        (("<P>", None, 40), "tokenizer must encode and decode, got NoneType"),
+        (("<P>", tokenizer, "40"), "vocab_size must be .*got"),
+    ):
+        with pytest.raises(TypeError, match=f"Template: {what}"):
+            Template(*args)
+    with pytest.raises(TypeError, match="Template: the text 'text' must be a str, got list"):
+        Template("<P> {text}", tokenizer, vocab_size=40).encode(text=["a"])

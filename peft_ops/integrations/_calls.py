@@ -143,14 +143,15 @@ class Call:
         if sees is not None and not self._one_in_each_row(tokens):
             raise ValueError(
                 f"adapter_names: {layer._peft_ops_key} sees {sees} where other layers see rows of the batch: all rows "
-                f"must name one adapter, got {len(set(self.rows))}"
+                f"must name one adapter, got {len(set(self.rows))}; or train adapters that leave such layers alone"
             )
         if not self._sees_rows(x):
             B = len(self.rows)
             raise ValueError(
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
                 f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
-                f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
+                f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}; a batch of one adapter may "
+                f"differ, or train adapters that leave such layers alone"
             )
 
     def _sees_rows(self, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from functools import reduce
 
 import torch
@@ -86,13 +87,42 @@ def positions_of(base: nn.Module, mask: Tensor) -> dict[str, Tensor]:
     return {"position_ids": positions}
 
 
-def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
+def _check_positions(base: nn.Module, mask: Tensor) -> None:
+    """A table of positions must hold those of prompt and text. A GPU is synchronised only where it may not."""
+    names = "wpe", "position_embeddings", "embed_positions"
+    tables = (m for name, m in base.named_modules() if name.endswith(names) and isinstance(m, nn.Embedding))
+    table = next(tables, None)
+    if table is None:
+        return
+    limit = table.num_embeddings - (getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1)
+    if mask.shape[1] <= limit:
+        return
+    counted = "position_ids" in inspect.signature(base.forward).parameters  # real tokens, not slots
+    longest = int((mask != 0).sum(1).max()) if counted else mask.shape[1]
+    if longest > limit:
+        raise ValueError(f"adapter_names: prompt and text must fit {limit} positions, got {longest}")
+
+
+def by_name(base: nn.Module, args: tuple, kwargs: dict) -> dict:
+    return inspect.signature(base.forward).bind_partial(*args).arguments | kwargs
+
+
+def without_prompts(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
-    mask, bank = kwargs.get("attention_mask"), call.shared.bank
+    bank, base = call.shared.bank, model.get_base_model()
     some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
-    if not some or _counts_in_3d(model) or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
-        return kwargs
-    return kwargs | positions_of(model.get_base_model(), mask)
+    if not some or _counts_in_3d(base):
+        return args, kwargs
+    kwargs = by_name(base, args, kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return (), kwargs
+    if reads_an_end(base):
+        names = "input_ids", "inputs_embeds", "token_type_ids", "attention_mask"
+        moved = pads_aside(mask, *map(kwargs.get, names[:-1]), last=is_decoder(base))
+        kwargs = kwargs | {name: t for name, t in zip(names, moved, strict=True) if t is not None}
+        mask = moved[-1]
+    return (), kwargs | positions_of(base, mask)
 
 
 def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
@@ -110,24 +140,26 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     for name in ("start_positions", "end_positions", "past_key_values"):
         if name in kwargs:
-            raise ValueError(f"adapter_names: {name} cannot be given together with prompt adapters")
-    kwargs.pop("position_ids", None)  # as PEFT: the prompt moves them
+            hint = "; generate() decodes with prompts" if name == "past_key_values" else ""
+            raise ValueError(f"adapter_names: {name} cannot be given together with prompt adapters{hint}")
+    if kwargs.pop("position_ids", None) is not None:
+        warnings.warn("adapter_names: position_ids are ignored, as in PEFT: a prompt moves the text", stacklevel=3)
     ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
     if ids is None and embeds is None:
         raise ValueError("adapter_names: input_ids or inputs_embeds must be given with prompt adapters, got neither")
     labels = kwargs.get("labels")
     _refuse_images(base, kwargs)
     decoder_only = not base.config.is_encoder_decoder
-    per_token = labels is not None and decoder_only and labels.shape == (ids if embeds is None else embeds).shape[:2]
+    text = (ids if embeds is None else embeds).shape[:2]
     left, mask = decoder_only and is_decoder(base), kwargs.get("attention_mask")
-    if left and mask is not None and type(base).__name__.endswith("ForSequenceClassification"):
-        # given embeddings, it reads the last slot of every row: pads go to the front
-        order = (mask != 0).long().argsort(dim=1, stable=True)
-        tokens = {"token_type_ids": kwargs.get("token_type_ids"), "attention_mask": mask}
-        kwargs |= {name: value.gather(1, order) for name, value in tokens.items() if value is not None}
-        mask, ids = kwargs["attention_mask"], None if ids is None else ids.gather(1, order)
-        embeds = None if embeds is None else embeds.gather(1, order[..., None].expand_as(embeds))
+    per_token = labels is not None and decoder_only and not reads_an_end(base)  # whose labels are of rows
+    if per_token and labels.shape != text:
+        raise ValueError(f"adapter_names: labels must have the text's shape {list(text)}, got {list(labels.shape)}")
+    if mask is not None and reads_an_end(base):
+        ids, embeds, types, mask = pads_aside(mask, ids, embeds, kwargs.get("token_type_ids"), last=left)
+        kwargs |= {} if types is None else {"token_type_ids": types}
     batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
+    _check_positions(base, batch.attention_mask)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if per_token:
         # the shift of a decoder's loss drops the first slot, which was a base row's first token: nothing predicts it
@@ -145,6 +177,22 @@ def is_decoder(base: nn.Module) -> bool:
     kind = base.config.model_type
     causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return causal or getattr(base.config, "is_decoder", False)
+
+
+def reads_an_end(base: nn.Module) -> bool:
+    """Given embeddings, a classifier of a decoder's kind reads the last slot of every row, an encoder's the first."""
+    return type(base).__name__.endswith("ForSequenceClassification") and not base.config.is_encoder_decoder
+
+
+def pads_aside(mask: Tensor, *of_tokens: Tensor | None, last: bool = False) -> list[Tensor | None]:
+    """What belongs to tokens [B, S, ...] with all pads behind the tokens, or before them; at its end the mask."""
+    real = mask != 0
+    order = (real if last else ~real).long().argsort(dim=1, stable=True)
+
+    def moved(t: Tensor | None) -> Tensor | None:
+        return t if t is None else t.gather(1, order.view(*order.shape, *[1] * (t.dim() - 2)).expand_as(t))
+
+    return [moved(t) for t in (*of_tokens, mask)]
 
 
 def _refuse_images(base: nn.Module, kwargs: dict) -> None:
@@ -186,8 +234,11 @@ def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> 
     ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")
-    encoder_decoder = base.config.is_encoder_decoder
-    batch = with_prompts(model, prompts, not encoder_decoder, ids, None, kwargs.get("attention_mask"), None)
+    encoder_decoder, text, mask = base.config.is_encoder_decoder, ids, kwargs.get("attention_mask")
+    if mask is not None and not encoder_decoder:
+        text, mask = pads_aside(mask, ids, last=True)  # what comes next continues the last slot
+    batch = with_prompts(model, prompts, not encoder_decoder, text, None, mask, None)
+    _check_positions(base, batch.attention_mask)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if encoder_decoder:
         return kwargs

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peft_ops._checks import FLOATS, check_tensor
+
 CONFIG, SAFETENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 KINDS = {"IA3": "base_model.model.", **dict.fromkeys(("PROMPT_TUNING", "P_TUNING", MULTITASK), "base_model.")}  # prefix
@@ -64,6 +66,7 @@ def prompt_adapter(prompt: Tensor, **config) -> Adapter:
     Args:
         config: further entries of adapter_config.json, say task_type, which PEFT needs, and base_model_name_or_path.
     """
+    check_tensor("prompt_adapter", "prompt", prompt, dtypes=FLOATS, dim=2)
     P, E = prompt.shape
     own = dict(peft_type="PROMPT_TUNING", inference_mode=True, num_virtual_tokens=P, token_dim=E)
     return Adapter(own | config | dict(num_transformer_submodules=1), prompt=prompt)

@@ -1,6 +1,5 @@
 """`adapter_names` for (IA)^3 and prompt adapters in PEFT models: every row of a batch with its own."""
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _layers
 from peft_ops.integrations._calls import Call, Shared, calling, current_call
-from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts, without_prompts
+from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
-from peft_ops.nn.task_bank import BASE
+from peft_ops.nn.task_bank import BASE, TaskBank
 
 OLDEST = "0.19"
 SEQUENCE_FIRST = (  # [S, B, K]
@@ -42,7 +41,7 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     shorter prompts leave over are at the front for decoders and at the back for encoders.
 
     Args:
-        model: a peft.PeftModel with adapters of type IA3, or of types P_TUNING and PROMPT_TUNING.
+        model: a peft.PeftModel with adapters of type IA3, P_TUNING or PROMPT_TUNING (PEFT holds one type at a time).
         bank: a peft_ops.nn.TaskBank that serves the names which the model has not loaded; its modules are named as in
             the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors.
         level: "auto" takes the widest operator that a module's own code allows (`report` lists them); "module" keeps
@@ -58,6 +57,8 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
         raise TypeError(f"accelerate: model must be a peft.PeftModel, got {type(model).__name__}")
     if level not in ("auto", "module"):
         raise ValueError(f"accelerate: level must be 'auto' or 'module', got {level!r}")
+    if bank is not None and not isinstance(bank, TaskBank):
+        raise TypeError(f"accelerate: bank must be a peft_ops.nn.TaskBank, got {type(bank).__name__}")
     _check_kinds(model)
     if isinstance(model, Swapped):
         restore(model)
@@ -139,6 +140,9 @@ def report(model: nn.Module, file=None) -> list[Row]:
     for name, module in base.named_modules():
         if isinstance(module, (_layers.MixedLayer, _layers.MixedHead, _layers.BankLinear)):
             rows.append(Row(name, *_operator_of(module, inside.get(module))))
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            rows.append(Row(f"prompt_encoder.{name}", "prompt_concat", f"{config.num_virtual_tokens} virtual tokens"))
     width = max([len(row.module) for row in rows], default=0)
     for row in rows:
         print(f"{row.module:{width}}  {row.operator:16}  {row.why_not_higher}".rstrip(), file=file)
@@ -378,17 +382,19 @@ class MixedModel(Swapped):
             with calling(self._unnamed()):
                 return super().forward(*args, **kwargs)
         with ExitStack() as stack:
-            call = _call(self, adapter_names, _rows(args, kwargs), 1, stack)
-            call.input_ids = _input_ids(args, kwargs)
+            ids = _input_ids(args, kwargs)
+            # models of multiple choice flatten [B, choices, S] to rows
+            choices = ids.shape[1] if ids is not None and ids.dim() == 3 else 1
+            call = _call(self, adapter_names, _rows(args, kwargs), 1, stack, choices)
+            call.input_ids = ids
             if torch.is_grad_enabled():
                 self._peft_ops.mixed = True
                 self._keep_calls_through_checkpoints()
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
-                named = inspect.signature(base.forward).bind_partial(*args).arguments
-                return base(**forward_inputs(self, call, named | kwargs))
-            kwargs = without_prompts(self, call, kwargs)
+                return base(**forward_inputs(self, call, by_name(base, args, kwargs)))
+            args, kwargs = without_prompts(self, call, args, kwargs)
             if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
                 return base(*args, **kwargs)
             return super().forward(*args, **kwargs)
@@ -477,7 +483,7 @@ def _input_ids(args: tuple, kwargs: dict) -> Tensor | None:
     return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
 
-def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack: ExitStack) -> Call:
+def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack: ExitStack, choices: int = 1) -> Call:
     shared = model._peft_ops
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
@@ -501,6 +507,7 @@ def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
     rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
+    rows = [name for name in rows for _ in range(choices)]
     return Call(shared, rows, repeats, held)
 
 

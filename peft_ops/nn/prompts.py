@@ -73,7 +73,7 @@ class PromptEmbedding(PromptModule):
         Raises:
             RuntimeError: in training, where only the adapter's table is kept.
         """
-        encoder = self.encoders[name]
+        encoder = self._encoder(name)
         if isinstance(encoder, PromptTable):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
@@ -84,7 +84,11 @@ class PromptEmbedding(PromptModule):
         return encoder() if self.shared is None else self.shared(encoder())
 
     def num_virtual_tokens(self, name: str) -> int:
-        return self.encoders[name].num_virtual_tokens
+        return self._encoder(name).num_virtual_tokens
+
+    def _encoder(self, name: str) -> nn.Module:
+        check_known_name("PromptEmbedding", name, self.adapters)
+        return self.encoders[name]
 
     def sources(self, name: str) -> Iterator[Tensor]:
         encoder = self.encoders[name]

@@ -299,6 +299,10 @@ class TaskBank:
                 return HostTask(row, None)
             arg, (_, P, E) = f"the prompt of {name!r}", tables.prompts.shape
             check_tensor(op, arg, prompt, dtypes=FLOATS, dim=2)
+            if not P:
+                raise ValueError(
+                    f"{op}: {arg} must be None in a bank made with num_virtual_tokens=0, got {shape(prompt)}"
+                )
             if prompt.shape[1] != E or not 0 < len(prompt) <= P:
                 raise ValueError(f"{op}: {arg} must have shape [p, {E}] with p from 1 to {P}, got {shape(prompt)}")
             copy = torch.empty(prompt.shape, dtype=self.dtype, pin_memory=pin).copy_(prompt)

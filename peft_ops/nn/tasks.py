@@ -87,6 +87,8 @@ def tasks(
 ) -> Iterator[TaskBatch]:
     """Modules called inside, on this thread, read the batch's adapters from here unless they are given them.
 
+    Outside, and on a thread that was started inside, every row is the base model's.
+
     Activation checkpointing runs a forward again after the block has ended: call backward() inside it, or pass the
     batch to the modules. torch.compile(fullgraph=True) cannot read a context: pass the batch there too.
 

@@ -10,6 +10,7 @@ from peft_ops._checks import IDS, check_tensor
 from peft_ops.nn.adapters import check_known_name, check_size, check_type
 from peft_ops.nn.prompt_module import PromptModule
 
+VIRTUAL = re.compile(r"<\s*P[\s*\d]*>")
 PIECE = re.compile(r"(<P(?:\*\d+)?>|\[(?:MASK|CLS|SEP|BOS|EOS)\]|\{\w+\})")
 
 
@@ -29,6 +30,15 @@ class Template:
     """
 
     def __init__(self, form: str, tokenizer, vocab_size: int, max_length: int | None = None):
+        check_type("Template", "form", form, str, "a str")
+        check_size("Template", "vocab_size", vocab_size)
+        if not hasattr(tokenizer, "encode"):
+            raise TypeError(f"Template: tokenizer must encode and decode, got {type(tokenizer).__name__}")
+        for virtual in VIRTUAL.findall(form):
+            if not re.fullmatch(r"<P(\*[1-9]\d*)?>", virtual):
+                raise ValueError(
+                    f"Template: form must hold virtual tokens as <P> or <P*n>, n from 1 on, got {virtual!r}"
+                )
         self.form, self.tokenizer, self.vocab_size, self.max_length = form, tokenizer, vocab_size, max_length
         self.num_virtual_tokens, self._special, self._pieces = 0, {}, []
         for piece in filter(None, map(str.strip, PIECE.split(form))):
@@ -73,6 +83,8 @@ class Template:
         names = [piece for piece in self._pieces if isinstance(piece, str)]
         if set(names) != texts.keys():
             raise ValueError(f"Template: texts must be given for {sorted(set(names))}, got {sorted(texts)}")
+        for name, text in texts.items():
+            check_type("Template", f"the text {name!r}", text, str, "a str")
         ids = {name: self._encode(text) for name, text in texts.items()}
         for name, own in ids.items():
             if self.num_masks and self.tokenizer.mask_token_id in own:
