@@ -156,8 +156,9 @@ class TestGeneration:
 
     @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
     @pytest.mark.parametrize("adapters", [1, 8, pytest.param(64, marks=pytest.mark.nightly)])
-    @pytest.mark.parametrize("family", often("llama", of=GENERATING))
+    @pytest.mark.parametrize("family", often("llama", of=[f for f in GENERATING if f != "bloom"]))
     def test_any_number_of_adapters(self, family, adapters, beams):
+        """Not Bloom, which repeats itself: with 8 adapters as with one."""
         self.compare(family, adapters, beams)
 
     def compare(self, family: str, adapters: int, beams: int) -> None:
