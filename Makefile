@@ -20,7 +20,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo test test-native test-interpreter test-compile nightly kernels bench lint clean
+.PHONY: help setup demo test test-native test-interpreter test-compile nightly kernels bench bench-compare lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -51,8 +51,13 @@ ifdef TRITON
 endif
 	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
 
-bench: setup  ## the CPU kernels beside PEFT's arithmetic
-	$(PY) -m bench.native_cpu $(ARGS)
+bench: setup  ## every operator beside its peers: tables and plots in out/bench; ARGS=--quick walks the path
+	$(PY) -m pytest bench -q -r fE --benchmark-autosave --benchmark-columns=median,rounds $(ARGS)
+	$(PY) -m bench.report --out out/bench
+	$(PY) -m bench.overhead --json out/bench/overhead.json
+
+bench-compare: $(INSTALLED)  ## the last two runs of `make bench` against each other: over 15 % slower fails
+	$(PY) -m bench.report --compare
 
 lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
 	$(PY) -m ruff check .

@@ -14,6 +14,7 @@ PYTHON=${PYTHON:-python3}
 PART_SECONDS=${PART_SECONDS:-540}
 OUT=$(mkdir -p "${1:?usage: bench/gpu.sh OUT [part...]}" && cd "$1" && pwd)
 shift
+PARTS="env build check matrix tests sanitizer tune profile compile report"
 HAS_GPU=$($PYTHON -c 'import torch; print(int(torch.cuda.is_available()))')
 if [ "$HAS_GPU" = 1 ]; then
   SMALL="" QUICK="" INTERPRET=0
@@ -52,6 +53,12 @@ profile() {
   part profile ncu --set basic --kernel-name-base function -k 'regex:ia3|dual' -c 40 $PYTHON -m bench.matrix "$OUT/ncu.jsonl" --budget 60
 }
 
+report() {  # tables and plots of what there is by now
+  for name in matrix compile; do
+    [ -s "$OUT/$name.jsonl" ] && part "report-$name" $PYTHON -m bench.report "$OUT/$name.jsonl" --out "$OUT/report/$name"
+  done
+}
+
 run() {
   case $1 in
     env) env_ >"$OUT/env.txt" 2>&1; tail -n 5 "$OUT/env.txt" ;;
@@ -64,10 +71,11 @@ run() {
     tune)
       if [ "$HAS_GPU" = 1 ]; then part tune $PYTHON -m bench.tune; else part tune $PYTHON -m bench.tune --dry-run; fi ;;
     compile) part compile $PYTHON -m bench.matrix "$OUT/compile.jsonl" --compile --budget "$((PART_SECONDS - 120))" $QUICK ;;
-    *) echo "no part named $1; there are: env build check matrix tests sanitizer tune profile compile"; exit 2 ;;
+    report) report ;;
+    *) echo "no part named $1; there are: $PARTS"; exit 2 ;;
   esac
 }
 
-for name in ${*:-env build check matrix tests sanitizer tune profile compile}; do
+for name in ${*:-$PARTS}; do
   run "$name"
 done
