@@ -55,7 +55,9 @@ profile() {
 
 report() {  # tables and plots of what there is by now
   for name in matrix compile; do
-    [ -s "$OUT/$name.jsonl" ] && part "report-$name" $PYTHON -m bench.report "$OUT/$name.jsonl" --out "$OUT/report/$name"
+    if [ -s "$OUT/$name.jsonl" ]; then
+      part "report-$name" $PYTHON -m bench.report "$OUT/$name.jsonl" --out "$OUT/report/$name"
+    fi
   done
 }
 

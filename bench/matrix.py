@@ -178,6 +178,7 @@ def peers(sets: list[Inputs], with_compile: bool) -> dict[str, Callable[[int], o
         modules = peft_modules(sets)
         calls["peft"] = lambda i: [module(sets[i].x) for module in modules[i]]
     if with_compile:
+        torch.compiler.reset()  # after 8 shapes it would run the function uncompiled, without a word
         mode = "max-autotune-no-cudagraphs" if sets[0].x.is_cuda else "default"
         compiled = torch.compile(eager, mode=mode, dynamic=False)
         calls["compile"] = lambda i: compiled(sets[i])

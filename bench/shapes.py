@@ -86,7 +86,7 @@ MANY_TASKS = [Case(Layer("BERT-large", "kv", 1024, 1024), "decode", 64, tasks) f
 CASES = list(dict.fromkeys(_cases() + MANY_TASKS))
 # what two CPU cores do in minutes: no layer of more than 50 MB, sequences of 64
 CPU_LAYERS = [layer for layer in LAYERS if layer.N * layer.K < 12e6 and layer.model != "Llama-3-70B"]
-CPU_ROWS = {"decode": 8, "prefill": 256, "train": 256}
+CPU_ROWS = {"decode": 8, "prefill": 128, "train": 128}
 CPU_CASES = [
     Case(layer, phase, rows, sequence=64)
     for layer in (*CPU_LAYERS, *ELEMENTWISE, *PROMPTS)

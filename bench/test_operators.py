@@ -31,7 +31,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @lru_cache(maxsize=1)  # the peers of a case follow one another, and its buffers then go
 def measured(case: Case, with_compile: bool, seconds: float) -> tuple[Measured, dict, dict]:
     torch.manual_seed(0)
-    torch.compiler.reset()  # a limit on recompilations would leave later shapes uncompiled
     group = Measured(case, DEVICE, with_compile)
     assert group.right, f"{case.name}: peft_ops is further from fp64 than torch's arithmetic; nothing is timed"
     return group, rounded(group.ratios(seconds))[1], group.facts()
