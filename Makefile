@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+PEFT_SDIST ?= build/peft-$(shell sed -n 's/^peft==//p' constraints-dev.txt).tar.gz
 MARKS = not nightly
 
 ifeq ($(VENV),)
@@ -20,7 +21,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo test test-native test-interpreter test-compile nightly kernels bench bench-compare lint clean
+.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly sdist conformance kernels bench bench-compare lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -30,6 +31,9 @@ setup: $(NATIVE)  ## environment and native library, without running anything
 
 demo: setup  ## the main job: train and serve several tasks in one batch, on a GPU if there is one
 	$(PY) -m peft_ops.demo $(ARGS)
+
+demo-templates: setup  ## ask a masked language model in hand-written words, and with P-Tuning
+	$(PY) -m peft_ops.demo.templates $(ARGS)
 
 test: test-native test-interpreter test-compile  ## all tests, in the three processes below
 
@@ -44,6 +48,11 @@ test-compile: setup  ## the Triton kernels compiled for GPUs that need not be th
 
 nightly: MARKS = nightly or not nightly
 nightly: test  ## the same suites with their wider cross products
+
+sdist: $(PEFT_SDIST)
+
+conformance: setup $(PEFT_SDIST)  ## PEFT's own (IA)^3 tests with our operators in its layers, beside plain PEFT
+	$(PY) -m tests.conformance --sdist $(PEFT_SDIST) $(ARGS)
 
 kernels: setup  ## what the compiler makes of every kernel and tile for every GPU; TRITON=3.6.0 asks that version
 ifdef TRITON
@@ -66,6 +75,9 @@ lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
 clean:  ## remove what was built, but not the virtual environment
 	rm -rf build dist out *.egg-info peft_ops/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks $(NATIVE)
 	find . -name __pycache__ -not -path './.*' -prune -exec rm -rf {} +
+
+build/peft-%.tar.gz: | setup  # no wheel has its tests
+	$(PY) -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest build peft==$*
 
 # --no-build-isolation needs a newer setuptools than a bare environment has; the native library has its own rule
 $(VENV)/.installed: pyproject.toml constraints-dev.txt setup.py

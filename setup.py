@@ -25,6 +25,7 @@ os.chdir(Path(__file__).parent)  # relative names of the sources: this folder's 
 CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or "c++"]
 NVCC = shutil.which(os.path.join(os.environ["CUDA_HOME"], "bin/nvcc") if "CUDA_HOME" in os.environ else "nvcc")
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0 9.0a 10.0a 9.0+PTX")  # 10.0a's PTX would run on nothing newer
+CHECKS = [f"csrc/cpu/{name}.cpp" for name in ("common", "convert", "tasks")]  # of arguments: worded as on a CPU
 MATH = [
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -67,9 +68,9 @@ def extensions() -> list[Extension]:
         print(f"peft_ops: pure Python, {reason}")
         return []
     sources = {"peft_ops._C": ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]}
-    cuda = sorted(map(str, Path("csrc/cuda").glob("*.c[up]*")))
+    cuda = sorted(str(path) for path in Path("csrc/cuda").glob("*") if path.suffix in (".cpp", ".cu"))
     if cuda and NVCC and (VERSION["cuda"] or asked("FORCE_CUDA")) and not asked("SKIP_CUDA_BUILD"):
-        sources["peft_ops._C_cuda"] = cuda
+        sources["peft_ops._C_cuda"] = [*cuda, *CHECKS]
     print(f"peft_ops: building {' and '.join(sources)} for torch {VERSION['__version__']}")
     return [Extension(name, files, optional=True) for name, files in sources.items()]
 
@@ -114,7 +115,8 @@ class BuildNative(build_ext):
         linker, libraries = CXX, ["-ltorch_cpu"]
         if ext.name.endswith("_cuda"):
             linker = [NVCC, "--cudart=static", "-ccbin", CXX[0]]
-            libraries += ["-ltorch_cuda"] * bool(VERSION["cuda"])
+            # a CPU build of torch has no libtorch_cuda.so to name, but libtorch.so, through which a CUDA build finds it
+            libraries = ["-Xlinker=--no-as-needed", "-ltorch", *libraries]
         try:
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 objects = list(pool.map(compile_object, ext.sources))

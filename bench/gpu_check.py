@@ -14,6 +14,7 @@ import torch
 import peft_ops
 from bench import offline, tune
 from bench.shapes import LAYERS, Layer
+from peft_ops._library import has_native
 from peft_ops.kernels import tiles
 from peft_ops.ops.ia3_linear import capability_of
 
@@ -109,9 +110,31 @@ def no_sync(layer: Layer, M: int, device: torch.device) -> bool:
     return True
 
 
+def native_kernels(rows: tuple[int, ...], device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """The CUDA C++ kernels beside plain PyTorch, bit by bit, at widths that are and are not whole 16-byte accesses."""
+    for M in rows:
+        for N in (64, 1023, 4096):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+
+                def check(M=M, N=N, dtype=dtype) -> bool:
+                    x, table = torch.randn(M, N, device=device).to(dtype), torch.randn(tune.TASKS, N, device=device)
+                    ids = torch.randint(-2, tune.TASKS + 1, (M,), device=device)
+                    tokens, prompts = torch.randint(-1, M + 1, (M, 3), device=device), table[:, None].repeat(1, 5, 1)
+                    found = []
+                    for backend in ("native", "reference"):
+                        with peft_ops.set_backend(backend):
+                            batch = peft_ops.prompt_concat(tokens, x, prompts, ids)
+                            found.append((peft_ops.ia3_scale(x, table, ids), *batch[:3]))
+                    return all(torch.equal(a.nan_to_num(9e4), b.nan_to_num(9e4)) for a, b in zip(*found, strict=True))
+
+                yield f"native M={M} N={N} {str(dtype)[6:]}", check
+
+
 def checks(device: torch.device, small: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     layers, rows = (SMALL, (1, 3, 16, 70, 512)) if small else (LAYERS, (1, 3, 16, 50, 64, 200, 1024, 4096))
     yield from table_entries(layers, rows, device)
+    if has_native(device.type):
+        yield from native_kernels(rows, device)
     if device.type != "cuda":
         return
     for layer in layers:

@@ -6,9 +6,10 @@
 
 Peers: `bare` the layer without adapters (of `scale`, a copy; of prompts, the text's embedding alone), `eager` PEFT's
 arithmetic with each row's vector gathered, `peft` PEFT's module with one adapter, `ft_style` vendor GEMM and one fused
-elementwise pass, `peft_ops` ours, `compile` torch.compile of eager (--compile: minutes per shape). Where a peer would
-be another under a second name, or has no module for the layer, it is left out. Training is forward and backward.
-Correctness, gradients too, is checked against fp64 before anything is timed.
+elementwise pass, `native` that, or ours if it is one pass, with the CUDA C++ kernel, `peft_ops` ours, `compile`
+torch.compile of eager (--compile: minutes per shape). Where a peer would be another under a second name, or has no
+module for the layer, it is left out. Training is forward and backward. Correctness, gradients too, is checked against
+fp64 before anything is timed.
 
 On a GPU `us` and `ratio` are kernel time, a graph replayed over rotating buffers, and `wall_us` and `wall_ratio` what
 a caller waits for, launches and synchronisation included. `saved`: bytes that a forward keeps for its backward.
@@ -36,10 +37,11 @@ from bench.shapes import CASES, CPU_CASES, QUICK_CASES, Case
 from bench.training import saved_bytes
 from bench.tune import ELEMENTWISE, PROMPTS, Inputs, apply, is_right
 from peft_ops import reference
+from peft_ops._library import has_native
 from peft_ops.ops.ia3_glu import glu_forward
 from peft_ops.ops.ia3_scale import scale_forward
 
-PEERS = ("bare", "peft_ops", "ft_style", "eager", "peft", "compile")
+PEERS = ("bare", "peft_ops", "ft_style", "native", "eager", "peft", "compile")
 
 
 def environment() -> dict:
@@ -86,7 +88,8 @@ def bare(inputs: Inputs) -> tuple:
     layer, x = inputs.layer, inputs.x
     act = reference.ACTIVATIONS[layer.activation]
     if layer.op in PROMPTS:
-        return (F.embedding(x.clamp(max=layer.K - 1), *inputs.weights),)
+        tokens = F.embedding(x.clamp(max=layer.K - 1), inputs.weights[0])
+        return (added(tokens, inputs) if layer.op == "added" else tokens,)
     if layer.op == "scale":
         return (x.clone(),)
     zs = inputs.xs if layer.op == "gate" else tuple(F.linear(x, w) for w in inputs.weights)
@@ -106,15 +109,25 @@ def eager(inputs: Inputs) -> tuple:
     return tuple((y * s).to(y.dtype) for y, s in zip(outs, scales, strict=True))
 
 
+def added(tokens: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Positions and token types, all 0, as a model's embedding layer adds them."""
+    _, positions, types = inputs.weights
+    return tokens + types[0] + positions[: tokens.shape[1]]
+
+
 def eager_prompts(inputs: Inputs) -> tuple:
     """What PEFT runs with a prompt per row gathered: [h(P); e(X)] and its mask; of virtual ids, a gather per slot."""
-    (B, S), V, (weight,) = inputs.x.shape, inputs.layer.K, inputs.weights
-    tokens, prompts = bare(inputs)[0], inputs.tables[0][inputs.ids].to(weight.dtype)
-    if inputs.layer.op == "embed":
+    (B, S), V, weight = inputs.x.shape, inputs.layer.K, inputs.weights[0]
+    op, prompts = inputs.layer.op, inputs.tables[0][inputs.ids].to(weight.dtype)
+    tokens = F.embedding(inputs.x.clamp(max=V - 1), weight)
+    if op == "packed":
+        return (torch.cat([prompts, tokens], 1).flatten(0, 1),)
+    if op == "embed":
         virtual = (inputs.x - V).clamp(min=0)[..., None].expand(-1, -1, tokens.shape[2])
         return (torch.where((inputs.x >= V)[..., None], prompts.gather(1, virtual), tokens),)
     mask = torch.ones(B, prompts.shape[1], dtype=torch.int64, device=tokens.device)
-    return torch.cat([prompts, tokens], 1), torch.cat([mask, mask.new_ones(B, S)], 1)
+    embeds = torch.cat([prompts, tokens], 1)
+    return added(embeds, inputs) if op == "added" else embeds, torch.cat([mask, mask.new_ones(B, S)], 1)
 
 
 def ft_style(inputs: Inputs) -> tuple:
@@ -134,6 +147,17 @@ def _scale(*args) -> torch.Tensor:
 
 def _glu(*args) -> torch.Tensor:
     return glu_forward("ft_style", *args)
+
+
+def natively(call: Callable[[int], object]) -> Callable[[int], object]:
+    """The call, and its backward, with the C++ kernels where there are any."""
+
+    def run(i: int):
+        with peft_ops.set_backend("native"):
+            return call(i)
+
+    run.forward = getattr(call, "forward", None)
+    return run
 
 
 def peft_modules(sets: list[Inputs]) -> list[list[nn.Module]]:
@@ -182,7 +206,11 @@ def peers(sets: list[Inputs], with_compile: bool) -> dict[str, Callable[[int], o
         mode = "max-autotune-no-cudagraphs" if sets[0].x.is_cuda else "default"
         compiled = torch.compile(eager, mode=mode, dynamic=False)
         calls["compile"] = lambda i: compiled(sets[i])
-    return {name: trained(call, sets) if sets[0].trains else call for name, call in calls.items()}
+    one_pass = layer.op in ("scale", *PROMPTS)
+    if sets[0].x.is_cuda and has_native("cuda") and layer.op not in ("glu", "gate", "embed", "packed"):
+        calls["native"] = ours if one_pass else calls["ft_style"]
+    calls = {name: trained(call, sets) if sets[0].trains else call for name, call in calls.items()}
+    return {name: natively(call) if name == "native" else call for name, call in calls.items()}
 
 
 def trained(forward: Callable[[int], object], sets: list[Inputs]) -> Callable[[int], None]:

@@ -143,12 +143,12 @@ def prompt_cases():
 
 
 def prompt_shape(case: str, table, prompt, ids, dout):
-    B, P = ids.shape[0], prompt.shape[1]
-    layout = torch.tensor([[0, 0, 0, P]] * B, dtype=torch.int32)
+    (B, S), P, E = ids.shape, prompt.shape[1], prompt.shape[2]
+    layout, plain = torch.tensor([[0, 0, 0, P]] * B, dtype=torch.int32), (1.0, None, None, None, None)
     concat = {
-        "native": lambda: native.prompt_concat(ids, table, prompt, layout),
-        "A/A": lambda: native.prompt_concat(ids, table, prompt, layout),
-        "peft": lambda: torch.cat([prompt.repeat(B, 1, 1).to(table.dtype), F.embedding(ids, table)], 1),
+        "native": lambda: native.prompt_concat(ids, table, prompt, layout, *plain),
+        "A/A": lambda: native.prompt_concat(ids, table, prompt, layout, *plain),
+        "peft": lambda: torch.cat([prompt.to(table.dtype).repeat(B, 1, 1), F.embedding(ids, table)], 1),
         "reference": lambda: reference.concat_embeddings(ids, table, prompt, layout),
     }
     yield f"prompt_concat {case}", concat
@@ -158,6 +158,30 @@ def prompt_shape(case: str, table, prompt, ids, dout):
         "reference": lambda: reference.concat_backward(dout, layout, 1, P),
     }
     yield f"prompt_concat_backward {case}", backward
+    virtual = ids.clone()
+    virtual[:, : min(P, S)] = len(table) + torch.arange(min(P, S))
+    rows = reference.embed_rows(virtual, len(table), None, None, 1, P)
+    embed = {
+        "native": lambda: native.prompt_embed(virtual, table, prompt, None, None, *plain),
+        "A/A": lambda: native.prompt_embed(virtual, table, prompt, None, None, *plain),
+        "F.embedding": lambda: F.embedding(ids, table),
+        "reference": lambda: reference.embed_tokens(virtual, table, prompt, rows),
+    }
+    yield f"prompt_embed {case}", embed
+    types, places = torch.zeros(B, S, dtype=torch.int64), torch.arange(S).repeat(B, 1)
+    type_table, place_table = torch.randn(2, E).to(table.dtype), torch.randn(S, E).to(table.dtype)
+    added = types, type_table, places, place_table
+    bert = {
+        "native": lambda: native.prompt_embed(virtual, table, prompt, None, None, 1.0, *added),
+        "bert": lambda: F.embedding(ids, table) + F.embedding(types, type_table) + F.embedding(places, place_table),
+    }
+    yield f"prompt_embed added {case}", bert
+    dout = dout[:, P:].contiguous()
+    backward = {
+        "native": lambda: native.prompt_embed_backward(dout, rows, 1, P),
+        "reference": lambda: reference.embed_backward(dout, rows, 1, P),
+    }
+    yield f"prompt_embed_backward {case}", backward
 
 
 def main() -> None:

@@ -32,7 +32,16 @@ from triton.runtime.jit import create_function_from_signature
 
 from peft_ops._backend import LazyKernels
 from peft_ops.kernels import tiles
-from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, prompt_concat, prompt_embed, task_plan
+from peft_ops.ops import (
+    ia3_glu,
+    ia3_kv_linear,
+    ia3_linear,
+    ia3_scale,
+    prompt_concat,
+    prompt_concat_packed,
+    prompt_embed,
+    task_plan,
+)
 
 ARCHITECTURES = (80, 90, 100)  # the fourth kind of table, 99 KB of shared memory, is sm_86's, sm_89's and sm_120's
 # the older forms run on newer chips too, at a fraction; sm_120 has none of its own for 16 bit
@@ -290,15 +299,22 @@ def _plan(packed):
     return record
 
 
-def _concat(E, dtype, prompt_dtype, table, which):
+def _added(E, dtype, positions, types):
+    """Tables of positions and of types."""
+    return _meta(1026, E, dtype=dtype) if positions else None, _meta(2, E, dtype=dtype) if types else None
+
+
+def _concat(E, dtype, prompt_dtype, table, which, *, scale=1.0, positions=False, types=False, after_bos=False):
     def record(capability):
         tokens = _ids(8 * 512).view(8, 512) if table else _meta(8, 512, E, dtype=dtype)
         embedding = _meta(32000, E, dtype=dtype) if table else None
-        mask = _meta(8, 512, dtype=torch.int64)
+        mask, prompts = _meta(8, 512, dtype=torch.int64), _meta(4, 20, E, dtype=prompt_dtype)
+        tables = _added(E, dtype, positions, types)
         with recorded(prompt_concat) as launches:
             prompt_concat.launch_concat(
-                tokens, embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4), mask, mask, True
-            )
+                tokens, embedding, prompts, *tables, _ids(8), _ids(4), mask, mask, mask if types else None,
+                2 * positions, scale, True, after_bos,
+            )  # fmt: skip
         return launches[which]
 
     return record
@@ -313,12 +329,14 @@ def _concat_backward(E, dtype):
     return record
 
 
-def _embed(E, dtype, prompt_dtype):
+def _embed(E, dtype, prompt_dtype, *, scale=1.0, positions=False, types=False, with_ids=True):
     def record(capability):
+        ids, embedding = _ids(8 * 512).view(8, 512), _meta(32000, E, dtype=dtype)
+        prompts, tables = _meta(4, 20, E, dtype=prompt_dtype), _added(E, dtype, positions, types)
+        slot_ids = [ids if given and with_ids else None for given in (positions, types)]
         with recorded(prompt_embed) as launches:
-            prompts = _meta(4, 20, E, dtype=prompt_dtype)
             prompt_embed.launch_embed(
-                _ids(8 * 512).view(8, 512), _meta(32000, E, dtype=dtype), prompts, _ids(8), _ids(4)
+                ids, embedding, prompts, *tables, _ids(8), _ids(4), *slot_ids, 2 * positions, scale
             )
         return launches[0]
 
@@ -330,6 +348,30 @@ def _embed_backward(E, dtype):
         with recorded(prompt_embed) as launches:
             rows = _meta(8, 512, dtype=torch.int32)
             prompt_embed.launch_embed_backward(_meta(8, 512, E, dtype=dtype), rows, 4, 20)
+        return launches[0]
+
+    return record
+
+
+def _packed(E, dtype, prompt_dtype, table, which):
+    def record(capability):
+        tokens = _ids(4096) if table else _meta(4096, E, dtype=dtype)
+        embedding = _meta(32000, E, dtype=dtype) if table else None
+        with recorded(prompt_concat_packed) as launches:
+            prompt_concat_packed.launch_packed(
+                tokens, _ids(9, torch.int32), embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4),
+                _ids(4096), 4256, False,
+            )  # fmt: skip
+        return launches[which]
+
+    return record
+
+
+def _packed_backward(E, dtype):
+    def record(capability):
+        with recorded(prompt_concat_packed) as launches:
+            layout, cu_seqlens = _meta(9, 4, dtype=torch.int32), _ids(9, torch.int32)
+            prompt_concat_packed.launch_packed_backward(_meta(4256, E, dtype=dtype), layout, cu_seqlens, 4, 20)
         return launches[0]
 
     return record
@@ -347,8 +389,13 @@ def cases() -> list[Case]:
         )
         found.append(Case(f"prompt_concat {d}", _concat(4096, dtype, fp32, True, 1), wide=True))
         found.append(Case(f"prompt_concat_backward {d}", _concat_backward(4096, dtype)))
+        found.append(Case(f"prompt_concat_packed {d}", _packed(4096, dtype, fp32, True, 1), wide=True))
+        found.append(Case(f"prompt_concat_packed_backward {d}", _packed_backward(4096, dtype)))
         found.append(Case(f"prompt_embed {d}", _embed(4096, dtype, fp32), wide=True))
         found.append(Case(f"prompt_embed_backward {d}", _embed_backward(4096, dtype)))
+        added = dict(scale=64.0, positions=True, types=True)
+        found.append(Case(f"prompt_concat {d} added", _concat(4096, dtype, fp32, True, 1, **added), wide=True))
+        found.append(Case(f"prompt_embed {d} added", _embed(4096, dtype, fp32, **added), wide=True))
     found.append(Case("ia3_scale bf16 one task", _scale(4096, 4096, bf16, bf16, False, None), wide=True))
     found.append(Case("ia3_scale bf16 odd", _scale(37, 4095, bf16, fp32, True, None)))
     found.append(Case("ia3_scale bf16 one row", _scale(1, 4096, bf16, fp32, False, None), wide=True))
@@ -358,8 +405,18 @@ def cases() -> list[Case]:
     for which, name in enumerate(("sort_ids", "chunk_rows")):
         found.append(Case(name, _scale_backward(4096, 4096, bf16, True, None, True, True, which)))
     found.append(Case("sum_chunks", _scale_backward(4096, 4096, bf16, True, None, True, True, which=3)))
+    found.append(Case("prompt_concat bf16 scale", _concat(4096, bf16, fp32, True, 1, scale=64.0), wide=True))
+    found.append(Case("prompt_concat bf16 positions", _concat(4096, bf16, fp32, True, 1, positions=True), wide=True))
+    found.append(Case("prompt_embed bf16 scale", _embed(4096, bf16, fp32, scale=64.0), wide=True))
+    counted = dict(positions=True, types=True, with_ids=False)
+    found.append(Case("prompt_embed bf16 added, counted", _embed(4096, bf16, fp32, **counted), wide=True))
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
+    found.append(Case("prompt_layout after_bos", _concat(4096, bf16, fp32, True, 0, after_bos=True)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
+    found.append(Case("packed_layout", _packed(4096, bf16, fp32, True, 0)))
+    for E in (1024, 1536):
+        name = f"prompt_concat_packed inputs_embeds {E}"
+        found.append(Case(name, _packed(E, bf16, bf16, False, 1), wide=True))
     for activation in ("relu", "gelu", "gelu_tanh", "silu"):
         found.append(Case(f"ia3_scale bf16 {activation}", _scale(4096, 4096, bf16, fp32, True, activation), wide=True))
         backward = _scale_backward(4096, 4096, bf16, True, activation, True, True)

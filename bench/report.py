@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, STORAGE, PAGES = ROOT / "bench/results", ROOT / ".benchmarks", ("README.md", "docs/performance.md")
 NOT_MEASURED = "Not measured yet."
 GATE = 1.15  # of a median over the one before
-COLOURS = dict(zip(PEERS, ("#4a5560", "#1f6fb2", "#6aa84f", "#d9822b", "#b8c4d0", "#8e63b0"), strict=True))
+COLOURS = dict(zip(PEERS, ("#4a5560", "#1f6fb2", "#6aa84f", "#d9822b", "#c0504d", "#b8c4d0", "#8e63b0"), strict=True))
 
 
 def saved_runs(storage: Path = STORAGE) -> list[Path]:
@@ -57,13 +57,15 @@ def place(rows: list[dict]) -> str:
 def ratio_table(rows: list[dict], of: str = "") -> str:
     """Every shape: the bare layer's time, each peer's ratio to it, and what the bare layer gives against itself."""
 
+    known = [peer for peer in PEERS[1:] if any(peer in row["ratio"] for row in rows)]
+
     def cells(row: dict) -> list[str]:
         us, ratio = row[f"{of}us"], row[f"{of}ratio"]
-        named = [f"{ratio[peer][0]:.2f}" if peer in ratio else "" for peer in PEERS[1:]]
+        named = [f"{ratio[peer][0]:.2f}" if peer in ratio else "" for peer in known]
         noise = "{1:.2f}-{2:.2f}".format(*ratio[BASELINE_AGAIN])
         return [row["layer"], row["phase"], str(row["rows"]), str(row["tasks"]), f"{us['bare']:.1f}", *named, noise]
 
-    header = "layer", "phase", "rows", "tasks", "bare, us", *PEERS[1:], "noise"
+    header = "layer", "phase", "rows", "tasks", "bare, us", *known, "noise"
     return markdown(header, map(cells, rows))
 
 

@@ -7,7 +7,8 @@ class Layer(NamedTuple):
     """A layer of a model, with an op of:
 
     "linear": [N, K] with scaled output; "kv": two of [N, K]; "glu": gate and up of [N, K]; "feedforward": [N, K] with
-    scaled input; elementwise "scale" and "gate", N wide; "concat" and "embed": prompts beside an embedding [K, N].
+    scaled input; elementwise "scale" and "gate", N wide; prompts beside an embedding [K, N]: "concat", "added", the
+    same with positions and token types, "packed" and "embed".
     """
 
     model: str
@@ -58,8 +59,9 @@ ELEMENTWISE = [
 ]
 PROMPTS = [
     Layer("T0-3B", "concat", 2048, 32128),
-    Layer("BERT-large", "concat", 1024, 30522),
+    Layer("BERT-large", "added", 1024, 30522),
     Layer("GPT-2", "embed", 768, 50257),
+    Layer("Llama-2-7B", "packed", 4096, 32000),
 ]
 VIRTUAL_TOKENS = 20  # of a prompt
 
@@ -93,15 +95,16 @@ CPU_CASES = [
     for phase, rows in CPU_ROWS.items()
     if layer not in PROMPTS or phase != "decode"
 ] + MANY_TASKS
+QUICK_PROMPTS = [Layer("tiny", op, 64, 100) for op in ("concat", "added", "embed", "packed")]
 QUICK_LAYERS = [
     *(Layer("tiny", op, 64, 128, "silu" if op == "glu" else None) for op in ("kv", "glu", "linear", "feedforward")),
     Layer("tiny", "scale", 64),
     Layer("tiny", "gate", 64, activation="silu"),
-    *(Layer("tiny", op, 64, 100) for op in ("concat", "embed")),
+    *QUICK_PROMPTS,
 ]
 QUICK_CASES = [
     Case(layer, phase, rows, sequence=32)
     for layer in QUICK_LAYERS
     for phase, rows in (("decode", 16), ("train", 128))
-    if layer.op not in ("concat", "embed") or phase == "train"
+    if layer not in QUICK_PROMPTS or phase == "train"
 ]

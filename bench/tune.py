@@ -23,7 +23,7 @@ from peft_ops.kernels import tiles
 from peft_ops.ops.ia3_linear import capability_of
 
 TASKS, SEQUENCE = 8, 512  # prefill and training rows come in sequences of one task, decode rows one by one
-ELEMENTWISE, PROMPTS = ("scale", "gate"), ("concat", "embed")
+ELEMENTWISE, PROMPTS = ("scale", "gate"), ("concat", "added", "embed", "packed")
 NOW = "runs now"
 
 
@@ -31,7 +31,7 @@ class Inputs:
     """One set of buffers of a layer: random, at the scale of activations and of trained vectors.
 
     xs: what comes in, [sequences, tokens, features]: x, gate and up of an elementwise gate, or token ids.
-    weights: frozen; of prompts, the embedding. tables: trained, one row per task.
+    weights: frozen; of prompts, the embedding (of "added", also positions and token types). tables: trained, one row per task.
     trains: the gradients of xs and tables belong to it, at the outputs' gradients dys.
     """
 
@@ -52,7 +52,8 @@ class Inputs:
             self.xs = [torch.randint(0, K, (sequences, tokens), device=device)]
             if op == "embed":
                 self.xs[0][:, :VIRTUAL_TOKENS] = K + torch.arange(VIRTUAL_TOKENS, device=device)[:tokens]
-            self.weights = [torch.randn(K, N, device=device).to(dtype)]
+            counts = (K, VIRTUAL_TOKENS + tokens, 2) if op == "added" else (K,)
+            self.weights = [torch.randn(count, N, device=device).to(dtype) for count in counts]
             self.tables = [torch.randn(tasks, VIRTUAL_TOKENS, N, device=device)]
         else:
             self.xs = [rows(N if op in ELEMENTWISE else K) for _ in range(1 + (op == "gate"))]
@@ -79,7 +80,8 @@ class Inputs:
     def nbytes(self) -> int:
         """What a call reads: all of xs and weights, but of an embedding the rows of its tokens."""
         if self.layer.op in PROMPTS:
-            return self.x.numel() * (8 + self.layer.N * self.weights[0].element_size())
+            rows = self.x.numel() + sum(len(table) for table in self.weights[1:])
+            return 8 * self.x.numel() + rows * self.layer.N * self.weights[0].element_size()
         return sum(t.numel() * t.element_size() for t in (*self.xs, *self.weights))
 
     def double(self) -> "Inputs":
@@ -105,6 +107,14 @@ def apply(ops: ModuleType, inputs: Inputs) -> tuple[Tensor, ...]:
         return (ops.ia3_glu(*inputs.xs, tables[0], ids, activation),)
     if op == "concat":
         return (ops.prompt_concat(x, *weights, *tables, ids).inputs_embeds,)
+    if op == "added":
+        embedding, positions, types = weights
+        more = dict(position_embedding=positions, token_type_embedding=types)
+        return (ops.prompt_concat(x, embedding, *tables, ids, **more).inputs_embeds,)
+    if op == "packed":  # sequences of one length; tests have all others
+        B, S = x.shape
+        starts = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=x.device)
+        return (ops.prompt_concat_packed(x.flatten(), starts, *weights, *tables, ids, max_seqlen=S).inputs_embeds,)
     if op == "embed":
         return (ops.prompt_embed(x, *weights, *tables, ids),)
     if op == "kv":

@@ -10,4 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(peft_ops_native, CPU, m) {
   m.impl("ia3_scale_backward", TORCH_BOX(&peft_ops::ia3_scale_backward));
   m.impl("prompt_concat", TORCH_BOX(&peft_ops::prompt_concat));
   m.impl("prompt_concat_backward", TORCH_BOX(&peft_ops::prompt_concat_backward));
+  m.impl("prompt_concat_packed", TORCH_BOX(&peft_ops::prompt_concat_packed));
+  m.impl("prompt_concat_packed_backward", TORCH_BOX(&peft_ops::prompt_concat_packed_backward));
+  m.impl("prompt_embed", TORCH_BOX(&peft_ops::prompt_embed));
+  m.impl("prompt_embed_backward", TORCH_BOX(&peft_ops::prompt_embed_backward));
 }

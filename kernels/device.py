@@ -1,4 +1,4 @@
-"""Device functions that several kernels share: activations, the tensor-core product, and the scale of a task."""
+"""Device functions that several kernels share: activations, the tensor-core product, a task's scale, an added row."""
 
 import triton
 import triton.language as tl
@@ -71,3 +71,14 @@ def task_scale(l_ptr, task, offs, mask, num_tasks):
     """
     known = (task >= 0) & (task < num_tasks)
     return tl.load(l_ptr + offs, mask=known & mask, other=tl.where(task == -1, 1.0, float("nan"))).to(tl.float32)
+
+
+@triton.jit
+def add_embedding(value, table_ptr, row, num_rows, E, offs_e, mask):
+    """value + table[row] in fp32, NaN where the table has no such row. value: [ROWS, BLOCK_E]   row: [ROWS], int64."""
+    known = (row >= 0) & (row < num_rows)
+    added = tl.load(
+        table_ptr + row[:, None] * E + offs_e[None, :], mask=known[:, None] & mask, other=float("nan"),
+        eviction_policy="evict_last",
+    )  # fmt: skip
+    return value + added.to(tl.float32)

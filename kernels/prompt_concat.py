@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from peft_ops.kernels.device import add_embedding
+
 
 # sizes that change from call to call are not specialised: only E says how wide the loads are
 @triton.jit(do_not_specialize=["S", "P", "num_tasks"])
@@ -11,7 +13,7 @@ def prompt_layout_kernel(
     layout_ptr, out_mask_ptr, positions_ptr, out_labels_ptr, token_map_ptr,
     S, P, num_tasks,
     HAS_IDS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LABELS: tl.constexpr,
-    LEFT: tl.constexpr, BLOCK: tl.constexpr,
+    LEFT: tl.constexpr, AFTER_BOS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where things stand in each sequence, and what goes with the embeddings. One program per sequence.
     ids: [B]   lengths: [num_tasks]   mask, labels: [B, S]   layout: [B, 4] (checked id, spare slots in front, tokens
@@ -35,8 +37,12 @@ def prompt_layout_kernel(
             s = start + tl.arange(0, BLOCK)
             real = tl.load(mask_ptr + b * S + s, mask=s < S, other=0) != 0
             before = tl.minimum(before, tl.min(tl.where(real, s, S), 0))
-        if not LEFT:
+        if AFTER_BOS:
+            before = tl.where(before == S, S if LEFT else 0, before + 1)
+        elif not LEFT:
             before = tl.where(before == S, 0, before)
+    elif AFTER_BOS:
+        before = tl.minimum(S, 1)
     tl.store(layout_ptr + b * 4, task)
     tl.store(layout_ptr + b * 4 + 1, front)
     tl.store(layout_ptr + b * 4 + 2, before)
@@ -72,14 +78,19 @@ def prompt_layout_kernel(
 
 @triton.jit(do_not_specialize=["S", "P", "V"])
 def prompt_concat_kernel(
-    tokens_ptr, table_ptr, prompts_ptr, layout_ptr, out_ptr,
-    S, P, E, V,
-    HAS_TABLE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    tokens_ptr, table_ptr, prompts_ptr, layout_ptr,
+    positions_ptr, position_table_ptr, token_map_ptr, types_ptr, type_table_ptr, out_ptr,
+    S, P, E, V, num_positions, num_types,
+    position_offset, scale,
+    HAS_TABLE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_TYPES: tl.constexpr, HAS_TYPE_IDS: tl.constexpr,
+    ADJUSTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """out[b, r] = prompts[t(b), .] or table[tokens[b, .]] (or tokens[b, .] itself), 0 at spare slots, NaN at a bad id
     tokens: [B, S] ids, or [B, S, E]   table: [V, E]   prompts: [num_tasks, P, E]   layout: [B, 4]   out: [B, P + S, E].
-    One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked loads, no branch: a lane that is off costs no traffic, the
-    rows of a tile overlap, and both loads stay 16 bytes wide (a select between the two addresses makes them 2 bytes).
+    ADJUSTS: table rows times scale; every slot + type_table[types[b, token_map[b, r]]], 0 where there is no token,
+    + position_table[positions[b, r] + position_offset], in fp32. One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked
+    loads, no branch: a lane that is off costs no traffic, the rows of a tile overlap, and both loads stay 16 bytes wide
+    (a select between the two addresses makes them 2 bytes).
     """
     row_tiles = tl.cdiv(P + S, BLOCK_ROWS)
     b = (tl.program_id(0) // row_tiles).to(tl.int64)
@@ -116,9 +127,24 @@ def prompt_concat_kernel(
     token_e = tl.load(
         source_ptr + source_row[:, None] * E + offs_e[None, :], mask=is_token[:, None] & mask_e, other=other
     )
-    value = tl.where(is_prompt[:, None], prompt.to(out_ptr.dtype.element_ty), token_e)
+    mask = live[:, None] & mask_e
+    if ADJUSTS:
+        value = tl.where(is_prompt[:, None], prompt.to(tl.float32), token_e.to(tl.float32) * scale)
+        if HAS_TYPES:
+            if HAS_TYPE_IDS:
+                of = tl.load(token_map_ptr + b * (P + S) + r, mask=live, other=-1)
+                type = tl.load(types_ptr + b * S + of, mask=of >= 0, other=0).to(tl.int64)
+            else:
+                type = tl.zeros((BLOCK_ROWS,), tl.int64)
+            value = add_embedding(value, type_table_ptr, type, num_types, E, offs_e, mask)
+        if HAS_POSITIONS:
+            position = tl.load(positions_ptr + b * (P + S) + r, mask=live, other=0) + position_offset
+            value = add_embedding(value, position_table_ptr, position, num_positions, E, offs_e, mask)
+        value = value.to(out_ptr.dtype.element_ty)
+    else:
+        value = tl.where(is_prompt[:, None], prompt.to(out_ptr.dtype.element_ty), token_e)
     out = (b * (P + S) + r)[:, None] * E + offs_e[None, :]
-    tl.store(out_ptr + out, value, mask=live[:, None] & mask_e, eviction_policy="evict_first")
+    tl.store(out_ptr + out, value, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["S", "P"])

@@ -7,13 +7,15 @@ from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_fold, ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale
 from peft_ops.ops.prompt_concat import prompt_concat
+from peft_ops.ops.prompt_concat_packed import prompt_concat_packed
 from peft_ops.ops.prompt_embed import prompt_embed
 from peft_ops.ops.task_plan import plan_tasks
-from peft_ops.reference import PromptBatch, TaskPlan
+from peft_ops.reference import PackedPromptBatch, PromptBatch, TaskPlan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PackedPromptBatch",
     "PromptBatch",
     "TaskPlan",
     "accelerate",
@@ -26,6 +28,7 @@ __all__ = [
     "ia3_scale",
     "plan_tasks",
     "prompt_concat",
+    "prompt_concat_packed",
     "prompt_embed",
     "report",
     "restore",

@@ -18,8 +18,8 @@ class set_backend:
 
     Args:
         backend: "auto" (a GPU: Triton; a CPU: the native kernels where they win, else plain PyTorch), "triton",
-            "native", or "reference" (plain PyTorch, visible to torch.compile; an id out of range gives NaN there, as on
-            a GPU). It holds for every thread of the
+            "native" (C++, and plain PyTorch for what has no such kernel on that device), or "reference" (plain PyTorch,
+            visible to torch.compile; an id out of range gives NaN there, as on a GPU). It holds for every thread of the
             process; the environment variable PEFT_OPS_BACKEND gives the start value.
     """
 

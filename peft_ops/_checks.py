@@ -1,15 +1,18 @@
 """Checks of what a user passes, with one wording: `{op}: {arg} must {what}, got {value}`."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from peft_ops._backend import DEBUG, INTERPRET
 from peft_ops._library import has_native, native
-from peft_ops.reference import ACTIVATIONS, TaskPlan
+from peft_ops.reference import ACTIVATIONS, Added, TaskPlan
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW_FLOATS = FLOATS[:3]
 IDS = (torch.int32, torch.int64)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, *IDS)
 
 
 def shape(t: Tensor) -> list[int]:
@@ -86,6 +89,86 @@ def check_task_ids(
     return ids, None, rows // count if count else 1
 
 
+def check_prompts(op: str, prompts, task_ids, prompt_lengths) -> Tensor:
+    """The prompts as [num_tasks, P, E]; whether there is one id per sequence is for the operator to see."""
+    check_tensor(op, "prompts", prompts, dtypes=FLOATS)
+    if prompts.dim() == 2:
+        prompts = prompts.unsqueeze(0)
+    if prompts.dim() != 3:
+        raise ValueError(f"{op}: prompts must have shape [num_tasks, P, E] or [P, E], got {shape(prompts)}")
+    num_tasks = prompts.shape[0]
+    if task_ids is None:
+        if num_tasks != 1:
+            raise ValueError(f"{op}: task_ids must be given, because prompts holds {num_tasks} tasks, got None")
+    else:
+        check_tensor(op, "task_ids", task_ids, dtypes=IDS, dim=1, like=prompts)
+    if prompt_lengths is not None:
+        check_tensor(op, "prompt_lengths", prompt_lengths, dtypes=IDS, dim=1, like=prompts)
+        if prompt_lengths.shape[0] != num_tasks:
+            raise ValueError(
+                f"{op}: prompt_lengths must have shape [{num_tasks}], one per task, got {shape(prompt_lengths)}"
+            )
+    return prompts
+
+
+def check_embedding(op: str, arg: str, table, prompts: Tensor) -> None:
+    check_tensor(op, arg, table, dtypes=FLOATS, dim=2, like=prompts)
+    if table.shape[1] != prompts.shape[2]:
+        raise ValueError(f"{op}: {arg} must have {prompts.shape[2]} features, as prompts have, got {shape(table)}")
+
+
+def check_tokens(
+    op: str, input_ids, embedding, inputs_embeds, prompts: Tensor, packed: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """[B, S] and a table, or [B, S, E] and None; packed: [total] and a table, or [total, E] and None."""
+    E, dim = prompts.shape[2], 1 if packed else 2
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "both" if input_ids is not None else "neither"
+        raise ValueError(f"{op}: input_ids must be given, or inputs_embeds, but one of them, got {got}")
+    if inputs_embeds is not None:
+        check_tensor(op, "inputs_embeds", inputs_embeds, dtypes=FLOATS, dim=dim + 1, like=prompts)
+        if inputs_embeds.shape[dim] != E:
+            raise ValueError(f"{op}: inputs_embeds must have {E} features, as prompts have, got {shape(inputs_embeds)}")
+        return inputs_embeds, None
+    check_tensor(op, "input_ids", input_ids, dtypes=IDS, dim=dim, like=prompts)
+    check_embedding(op, "embedding", embedding, prompts)
+    return input_ids, embedding
+
+
+def check_added(
+    op: str,
+    tokens: Tensor,
+    prompts: Tensor,
+    *,
+    embed_scale,
+    position_embedding,
+    position_offset,
+    token_type_embedding,
+    token_type_ids,
+    position_ids=None,
+) -> None:
+    """What goes onto the embeddings of tokens [B, S] or [B, S, E]."""
+    if not isinstance(embed_scale, (float, int)):
+        raise TypeError(f"{op}: embed_scale must be a number, got {type(embed_scale).__name__}")
+    if not isinstance(position_offset, int):
+        raise TypeError(f"{op}: position_offset must be an int, got {type(position_offset).__name__}")
+    if position_offset != 0 and position_embedding is None:
+        raise ValueError(f"{op}: position_offset must be 0 without position_embedding, got {position_offset}")
+    for arg, ids, table_arg, table in (
+        ("position_ids", position_ids, "position_embedding", position_embedding),
+        ("token_type_ids", token_type_ids, "token_type_embedding", token_type_embedding),
+    ):
+        if table is not None:
+            check_embedding(op, table_arg, table, prompts)
+        if ids is None:
+            continue
+        if table is None:
+            raise ValueError(f"{op}: {table_arg} must be given, because {arg} are, got None")
+        check_tensor(op, arg, ids, dtypes=IDS, dim=2, like=prompts)
+        if shape(ids) != shape(tokens)[:2]:
+            raise ValueError(f"{op}: {arg} must have shape {shape(tokens)[:2]}, got {shape(ids)}")
+
+
 def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_ids", low: int = -1) -> None:
     """Raise IndexError for an id outside [low, end). Called by implementations, on real tensors.
 
@@ -102,3 +185,13 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
         at = int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1
     if at >= 0:
         raise IndexError(f"{op}: {arg} must be in [{low}, {end}), got {int(ids[at])} at position {at}")
+
+
+def check_added_in_range(op: str, added: Sequence[Added], position_offset: int) -> None:
+    """check_ids_in_range for the types and the positions that are added."""
+    types, positions = added
+    if types.table is not None:
+        check_ids_in_range(op, types.ids, types.table.shape[0], "token_type_ids", low=0)
+    if positions.table is not None:
+        arg = "position_ids" + (f" + {position_offset}" if position_offset else "")
+        check_ids_in_range(op, positions.ids, positions.table.shape[0], arg, low=0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peft_ops._backend import get_backend
-from peft_ops._native_rule import native_wins
+from peft_ops._backend import INTERPRET, get_backend
+from peft_ops._native_rule import CUDA_OPS, native_wins, native_wins_on_cuda
 
 SCHEMAS = {
     "plan_tasks": "(Tensor task_ids, Tensor? cu_seqlens, SymInt rows, SymInt num_tasks)"
@@ -28,14 +28,23 @@ SCHEMAS = {
     "ia3_glu_linear": "(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor? gate_bias, Tensor? up_bias,"
     " Tensor ia3_l, Tensor? task_ids, Tensor[]? plan, SymInt rows_per_id, str? activation, bool save)"
     " -> (Tensor, Tensor, Tensor)",
-    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
-    " Tensor? attention_mask, Tensor? labels, bool left) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor? position_embedding,"
+    " Tensor? token_type_embedding, Tensor? task_ids, Tensor? prompt_lengths, Tensor? attention_mask, Tensor? labels,"
+    " Tensor? token_type_ids, SymInt position_offset, float embed_scale, bool left, bool after_bos)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, SymInt num_tasks, SymInt P) -> Tensor",
-    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths)"
-    " -> (Tensor, Tensor)",
+    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? position_embedding,"
+    " Tensor? token_type_embedding, Tensor? task_ids, Tensor? prompt_lengths, Tensor? position_ids,"
+    " Tensor? token_type_ids, SymInt position_offset, float embed_scale) -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
+    "prompt_concat_packed": "(Tensor tokens, Tensor cu_seqlens, Tensor? embedding, Tensor prompts, Tensor? task_ids,"
+    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, bool after_bos)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, SymInt num_tasks, SymInt P)"
+    " -> Tensor",
 }
-# csrc/ implements these. x, dy, z, gate, up, dh: [M, N], last dimension contiguous; task_ids: [G], G dividing M
+# csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
+# x, dy, z, gate, up, dh: [M, N], last dimension contiguous, or [..., N], contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
     "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
     "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
@@ -44,8 +53,16 @@ NATIVE_SCHEMAS = {
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dz, bool need_dl) -> (Tensor, Tensor)",
-    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout) -> Tensor",
+    "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, float scale, Tensor? types,"
+    " Tensor? type_embedding, Tensor? positions, Tensor? position_embedding) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
+    "prompt_concat_packed": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, Tensor cu_seqlens,"
+    " int num_rows) -> Tensor",
+    "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, int num_tasks, int P) -> Tensor",
+    "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
+    " float scale, Tensor? types, Tensor? type_embedding, Tensor? positions, Tensor? position_embedding)"
+    " -> (Tensor, Tensor)",
+    "prompt_embed_backward": "(Tensor dout, Tensor rows, int num_tasks, int P) -> Tensor",
 }
 
 _lib = torch.library.Library("peft_ops", "DEF")
@@ -58,36 +75,47 @@ for _name, _schema in NATIVE_SCHEMAS.items():
 native = torch.ops.peft_ops_native
 
 
-def _load_native() -> bool:
-    for path in Path(__file__).parent.glob("_C*.so"):
-        if not path.name.startswith("_C_cuda"):
+def _load_native() -> frozenset[str]:
+    """Load what was built, the CUDA library only where torch has CUDA. Returns the devices that have native kernels."""
+    loaded = set()
+    for name, device in {"_C": "cpu", **({"_C_cuda": "cuda"} if torch.version.cuda else {})}.items():
+        for path in Path(__file__).parent.glob(f"{name}.*so"):
             try:
                 torch.ops.load_library(path)
             except OSError as error:
-                warnings.warn(
-                    f"peft_ops: {path.name} cannot be loaded, plain PyTorch runs instead: {error}", stacklevel=2
-                )
+                instead = "plain PyTorch runs" if device == "cpu" else "Triton runs"
+                warnings.warn(f"peft_ops: {path.name} cannot be loaded, {instead} instead: {error}", stacklevel=2)
             else:
-                return True
-    return False
+                loaded.add(device)
+    return frozenset(loaded)
 
 
-_HAS_NATIVE = _load_native()
+_NATIVE = _load_native()
 
 
-def has_native() -> bool:
-    return _HAS_NATIVE
+def has_native(device: str = "cpu") -> bool:
+    return device in _NATIVE
 
 
-def use_native(op: str, x: Tensor, fused: bool = True) -> bool:
-    """Whether the native CPU kernel of `op` serves x. fused: it does more in its pass than scale by one vector."""
-    if get_backend() == "native" and not has_native():
+def use_native(op: str, x: Tensor, fused: bool = True, numel: int | None = None) -> bool:
+    """Whether the C++ kernel of `op` serves x. fused: it does more than scale by one vector.
+
+    numel: elements that it writes; None: as many as x has.
+    """
+    backend, device = get_backend(), x.device.type
+    if backend == "native" and device in ("cpu", "cuda") and not has_native(device):
+        library = "CUDA library" if device == "cuda" else "library"
         raise RuntimeError(
-            f"{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info"
+            f"{op}: backend 'native' needs the compiled {library}, which this install lacks; "
+            f"see python -m peft_ops.info"
         )
-    if x.device.type != "cpu" or x.dtype == torch.float64 or not has_native():
+    if x.dtype == torch.float64 or not has_native(device) or (device == "cuda" and op not in CUDA_OPS):
         return False
-    return get_backend() == "native" or (get_backend() == "auto" and native_wins(op, x.dtype, x.numel(), fused))
+    if backend != "auto":
+        return backend == "native"
+    if device == "cuda":
+        return native_wins_on_cuda(op, x.numel() if numel is None else numel)
+    return not INTERPRET and native_wins(op, x.dtype, x.numel(), fused)
 
 
 # Names under torch._C are private: where one is missing, the slower public road is taken.

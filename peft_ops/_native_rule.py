@@ -1,4 +1,4 @@
-"""Where a native CPU kernel beats plain PyTorch: what `auto` asks on a CPU, read off bench/native_cpu.py."""
+"""Where a native kernel wins, over plain PyTorch on a CPU (bench/native_cpu.py), over Triton on a GPU: `auto` asks."""
 
 import torch
 
@@ -30,8 +30,15 @@ import torch
 #   silu               fp32    9.0 (2.9)   6.3 (3.4)   4.3 (3.9)   2.5 (2.3)   4.5 (3.9)
 #
 #                            8 x 512, E 4096   8 x 128, E 768   1 x 32, E 768   1 x 1, E 768     (P 20, 20, 20, 1)
-# prompt_concat          bf16   10 (1.8)         23 (2.0)          23 (2.6)       28 (4.5)
-# prompt_concat_backward fp32    3.6 (1.04)       7.7 (1.2)        13 (1.9)       19 (1.5)
+# prompt_concat          bf16   35 (6.5)         24 (1.8)          32 (2.7)       28 (3.9)
+#                        fp32   26 (6.5)         11 (2.0)          33 (3.1)       28 (3.7)
+# prompt_concat_backward fp32    3.4 (1.01)       6.8 (1.06)       13 (1.8)       19 (1.5)
+# prompt_embed           bf16   22 (3.3)         20 (0.77)         12 (0.58)      10 (0.68)   in brackets: F.embedding,
+#                        fp32   16 (3.8)          8 (1.03)         13 (0.79)       9 (0.69)   which knows no prompts
+# prompt_embed, added    bf16      (9.8)            (2.9)             (2.5)          (2.4)    in brackets: three
+#                        fp32      (11)             (2.0)             (1.9)          (2.4)    F.embedding and two sums
+# prompt_embed_backward  bf16  340               17                 4.0            4.3
+#                        fp32   22               10                 3.2            3.8
 PLAIN_FP32 = 1 << 17  # elements from which one multiplication in fp32 is bound by memory, and aten's is 3 to 9 % faster
 
 
@@ -41,3 +48,12 @@ def native_wins(op: str, dtype: torch.dtype, numel: int, fused: bool = True) -> 
     fused: it does more than multiply by one vector: gathers one per task, applies an activation, or sums a gradient.
     """
     return fused or op != "ia3_scale" or dtype != torch.float32 or numel < PLAIN_FP32
+
+
+CUDA_OPS = ("ia3_scale", "prompt_concat")  # what csrc/cuda has: set_backend("native") runs it on CUDA tensors
+# Elements of the output up to which an operator's CUDA C++ kernel beats Triton's in a benchmark: none was run so far.
+CUDA_WINS: dict[str, int] = {}
+
+
+def native_wins_on_cuda(op: str, numel: int) -> bool:
+    return numel <= CUDA_WINS.get(op, -1)

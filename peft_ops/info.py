@@ -11,19 +11,12 @@ import torch
 
 import peft_ops
 from peft_ops import _backend
-from peft_ops._library import has_native
-from peft_ops._native_rule import native_wins
+from peft_ops._library import NATIVE_SCHEMAS, has_native
+from peft_ops._native_rule import CUDA_OPS, CUDA_WINS, native_wins
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-NATIVE_OPS = (
-    "ia3_scale",
-    "ia3_scale_backward",
-    "ia3_glu",
-    "ia3_glu_backward",
-    "prompt_concat",
-    "prompt_concat_backward",
-)
+NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if op != "first_bad_id")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -41,7 +34,10 @@ def libraries() -> dict[str, str]:
         path.name.split(".")[0]: f"{path.name}, {path.stat().st_size // 1024} KiB" for path in folder.glob("_C*.so")
     }
     cpu = found.get("_C", f"absent: {why_absent()}")
-    return {"native CPU library": cpu, "native CUDA library": found.get("_C_cuda", "absent")}
+    cuda = found.get("_C_cuda", "absent: it is built where nvcc and a CUDA build of torch are; Triton needs none of it")
+    if "_C_cuda" in found and not has_native("cuda"):
+        cuda += ", not loaded: " + ("see the warning" if torch.version.cuda else "torch is not built for CUDA")
+    return {"native CPU library": cpu, "native CUDA library": cuda}
 
 
 def why_absent() -> str:
@@ -75,11 +71,18 @@ def cpu_rule(op: str) -> str:
 
 
 def gpu_backend() -> str:
+    backend = _backend.get_backend()
     if not torch.cuda.is_available():
         return "no GPU"
-    if _backend.get_backend() == "reference":
+    if backend == "reference":
         return "plain PyTorch"
-    return "Triton" if find_spec("triton") else "fails: Triton is not installed; set_backend('reference') works"
+    if backend == "native":
+        ours = f"native for the forward of {' and '.join(CUDA_OPS)} (with nothing added), else plain PyTorch"
+        return ours if has_native("cuda") else "fails: backend 'native' needs the CUDA library"
+    if not find_spec("triton"):
+        return "fails: Triton is not installed; set_backend('reference') works"
+    wins = CUDA_WINS.items() if backend == "auto" and has_native("cuda") else ()
+    return "; ".join(["Triton", *(f"{op} native up to {numel} elements" for op, numel in wins)])
 
 
 def dispatch() -> dict[str, str]:

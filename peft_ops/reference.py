@@ -5,6 +5,7 @@ on any device. An id outside `[-1, num_tasks)` gives a NaN row here, as it does 
 on a CPU.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -278,6 +279,7 @@ def prompt_layout(
     sizes: tuple[int, int, int, int],
     left: bool,
     device: torch.device,
+    after_bos: bool = False,
 ) -> Tensor:
     """Where things stand in each row, int32 [B, 4]: checked id, spare slots in front, tokens before the prompt, length.
 
@@ -293,10 +295,11 @@ def prompt_layout(
     length = torch.where(ids >= 0, length, 0)
     front = P - length if left else torch.zeros_like(length)
     if attention_mask is None or S == 0:
-        before = torch.zeros_like(length)
+        before = torch.full_like(length, int(after_bos and S > 0))
     else:
         real = attention_mask != 0
-        before = torch.where(real.any(1), real.to(torch.uint8).argmax(1), S if left else 0)
+        first = real.to(torch.uint8).argmax(1) + int(after_bos)
+        before = torch.where(real.any(1), first, S if left else 0)
     return torch.stack([ids, front, before, length], 1).to(torch.int32)
 
 
@@ -311,14 +314,26 @@ def prompt_concat(
     labels: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     padding_side: str = "right",
+    after_bos: bool = False,
+    embed_scale: float = 1.0,
+    position_embedding: Tensor | None = None,
+    position_offset: int = 0,
+    token_type_embedding: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    max_position_embeddings: int | None = None,  # a check of the public operator
 ) -> PromptBatch:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     tokens = inputs_embeds if input_ids is None else input_ids
     (num_tasks, P, _), (B, S) = prompts.shape, tokens.shape[:2]
     sizes, left = (B, S, num_tasks, P), padding_side == "left"
-    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, prompts.device)
-    out = concat_embeddings(tokens, None if input_ids is None else embedding, prompts, layout)
-    return PromptBatch(out, *concat_metadata(layout, attention_mask, labels, S, P))
+    layout = prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, prompts.device, after_bos)
+    mask, positions, labels, token_map = concat_metadata(layout, attention_mask, labels, S, P)
+    types = None if token_type_ids is None else slot_types(token_type_ids, token_map)
+    bad = (layout[:, :1] == BAD).expand_as(token_map)
+    added = added_embeddings(bad, positions, position_embedding, position_offset, types, token_type_embedding)
+    table = None if input_ids is None else embedding
+    out = concat_embeddings(tokens, table, prompts, layout, embed_scale, added)
+    return PromptBatch(out, mask, positions, labels, token_map)
 
 
 def _slots(layout: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,22 +345,107 @@ def _slots(layout: Tensor, S: int, P: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return is_prompt, slot - before, ~is_prompt & (source >= 0) & (source < S), source
 
 
-def concat_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, layout: Tensor) -> Tensor:
+class Added(NamedTuple):
+    """What every slot has added: table[ids], ids int64 [B, slots]; both None for nothing."""
+
+    ids: Tensor | None = None
+    table: Tensor | None = None
+
+
+NOTHING_ADDED = Added(), Added()  # types, positions
+
+
+def added_embeddings(
+    bad: Tensor,
+    position_ids: Tensor | None,
+    position_embedding: Tensor | None,
+    position_offset: int,
+    token_type_ids: Tensor | None,
+    token_type_embedding: Tensor | None,
+) -> tuple[Added, Added]:
+    """Types, then positions, the order in which BERT adds them. bad: [B, slots], what is NaN whatever is added."""
+    types, positions = NOTHING_ADDED
+    if token_type_embedding is not None:
+        types = Added(type_rows(bad, token_type_ids), token_type_embedding)
+    if position_embedding is not None:
+        positions = Added(position_rows(bad, position_ids, position_offset), position_embedding)
+    return types, positions
+
+
+def type_rows(bad: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    """Rows of the type table, int64 [B, slots]; -1 where the slot is bad: the table gets no gradient from it."""
+    ids = torch.zeros_like(bad, dtype=torch.int64) if token_type_ids is None else token_type_ids.long()
+    return torch.where(bad, -1, ids)
+
+
+def position_rows(bad: Tensor, position_ids: Tensor | None, position_offset: int) -> Tensor:
+    """Rows of the position table, likewise; without ids they count."""
+    ids = torch.arange(bad.shape[1], device=bad.device) if position_ids is None else position_ids.long()
+    return torch.where(bad, -1, ids + position_offset)
+
+
+def add_embeddings(out: Tensor, added: Sequence[Added]) -> Tensor:
+    for ids, table in added:
+        if table is not None:
+            out = out + lookup(ids, table.to(out.dtype))  # cast first: its gradient is summed in that dtype
+    return out
+
+
+def sum_dtype(dtype: torch.dtype, prompts: Tensor, added: Sequence[Added]) -> torch.dtype:
+    """What embeddings of `dtype` are added in: one rounding, at the end. Where nothing is added, they are copied."""
+    tables = [table for _, table in added if table is not None]
+    return torch.promote_types(dtype, compute_dtype(prompts, *tables)) if tables else dtype
+
+
+def lookup(ids: Tensor, table: Tensor) -> Tensor:
+    """table[ids], NaN for an id outside the table."""
+    n = table.shape[0]
+    rows = F.embedding(ids.clamp(0, n - 1), table) if n else table.new_zeros(*ids.shape, table.shape[1])
+    return torch.where(((ids >= 0) & (ids < n))[..., None], rows, float("nan"))
+
+
+def rounded_scale(embed_scale: float, dtype: torch.dtype) -> Tensor:
+    """What transformers' Gemma multiplies embeddings of `dtype` by: a buffer in fp32, cast where it is used."""
+    return torch.tensor(embed_scale, dtype=torch.float32).to(dtype)
+
+
+def scale_of(embed_scale: float, dtype: torch.dtype) -> float:
+    """The same as a number, for a kernel."""
+    return 1.0 if embed_scale == 1.0 else rounded_scale(embed_scale, dtype).item()
+
+
+def scaled(embeddings: Tensor, embed_scale: float, dtype: torch.dtype) -> Tensor:
+    return embeddings if embed_scale == 1.0 else embeddings * rounded_scale(embed_scale, dtype)
+
+
+def slot_types(token_type_ids: Tensor, token_map: Tensor) -> Tensor:
+    """The type of each slot: its token's; 0, which PEFT gives prompts, where there is no token."""
+    return _take(token_type_ids, token_map, token_map >= 0)
+
+
+def concat_embeddings(
+    tokens: Tensor,
+    embedding: Tensor | None,
+    prompts: Tensor,
+    layout: Tensor,
+    embed_scale: float = 1.0,
+    added: Sequence[Added] = (),
+) -> Tensor:
     """[B, P + S, E] from ids [B, S] and a table, or from embeddings [B, S, E]."""
     num_tasks, P, E = prompts.shape
     B, S = tokens.shape[:2]
     is_prompt, prompt_row, is_token, source = _slots(layout, S, P)
+    out_dtype = tokens.dtype if embedding is None else embedding.dtype
+    dtype = sum_dtype(out_dtype, prompts, added)
     if embedding is not None:
-        V = embedding.shape[0]
-        known = (tokens >= 0) & (tokens < V)
-        rows = F.embedding(tokens.clamp(0, V - 1), embedding) if V else embedding.new_zeros(B, S, E)
-        tokens = torch.where(known[..., None], rows, float("nan"))
-    out = _take(tokens, source, is_token)
+        tokens = scaled(lookup(tokens, embedding).to(dtype), embed_scale, out_dtype)
+    out = _take(tokens.to(dtype), source, is_token)
     task = layout[:, :1].long()
     if num_tasks and P:
         row = task.clamp(min=0) * P + prompt_row.clamp(0, P - 1)
         prompt = prompts.reshape(num_tasks * P, E).index_select(0, row.reshape(-1)).reshape(B, P + S, E)
-        out = torch.where(is_prompt[..., None], prompt.to(tokens.dtype), out)
+        out = torch.where(is_prompt[..., None], prompt.to(dtype), out)
+    out = add_embeddings(out, added).to(out_dtype)
     return torch.where((task == BAD)[..., None], float("nan"), out)
 
 
@@ -408,10 +508,20 @@ def prompt_embed(
     task_ids: Tensor | None = None,
     *,
     prompt_lengths: Tensor | None = None,
+    embed_scale: float = 1.0,
+    position_embedding: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_offset: int = 0,
+    token_type_embedding: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
 ) -> Tensor:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     rows = embed_rows(input_ids, embedding.shape[0], task_ids, prompt_lengths, *prompts.shape[:2])
-    return embed_tokens(input_ids, embedding, prompts, rows)
+    bad = rows > prompts.shape[0] * prompts.shape[1]
+    added = added_embeddings(
+        bad, position_ids, position_embedding, position_offset, token_type_ids, token_type_embedding
+    )
+    return embed_tokens(input_ids, embedding, prompts, rows, embed_scale, added)
 
 
 def embed_rows(
@@ -428,17 +538,24 @@ def embed_rows(
     return torch.where((input_ids >= V) & (p < length), task * P + p, no_prompt).to(torch.int32)
 
 
-def embed_tokens(input_ids: Tensor, embedding: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+def embed_tokens(
+    input_ids: Tensor,
+    embedding: Tensor,
+    prompts: Tensor,
+    rows: Tensor,
+    embed_scale: float = 1.0,
+    added: Sequence[Added] = (),
+) -> Tensor:
     """[B, S, E] from ids and what `embed_rows` says of them."""
-    (num_tasks, P, E), V = prompts.shape, embedding.shape[0]
-    is_token = (rows == num_tasks * P)[..., None]
-    token = F.embedding(input_ids.clamp(0, V - 1), embedding) if V else embedding.new_zeros(*rows.shape, E)
-    out = torch.where(is_token, token, float("nan"))
+    num_tasks, P, E = prompts.shape
+    dtype = sum_dtype(embedding.dtype, prompts, added)
+    out = lookup(torch.where(rows == num_tasks * P, input_ids, -1), embedding)
+    out = scaled(out.to(dtype), embed_scale, embedding.dtype)
     if num_tasks and P:
         row = rows.clamp(max=num_tasks * P - 1).reshape(-1)
         prompt = prompts.reshape(num_tasks * P, E).index_select(0, row).reshape(*rows.shape, E)
-        out = torch.where((rows < num_tasks * P)[..., None], prompt.to(embedding.dtype), out)
-    return out
+        out = torch.where((rows < num_tasks * P)[..., None], prompt.to(dtype), out)
+    return add_embeddings(out, added).to(embedding.dtype)
 
 
 def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor:
@@ -447,3 +564,181 @@ def embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) -> Tensor
     dprompts = torch.zeros(num_tasks * P + 2, E, dtype=dtype, device=dout.device)  # the last two are read by nobody
     dprompts.index_add_(0, rows.reshape(-1), dout.flatten(0, 1).to(dtype))
     return dprompts[:-2].clone().view(num_tasks, P, E)
+
+
+def embedding_backward(dout: Tensor, ids: Tensor, n: int, wide: bool = False) -> Tensor:
+    """Sum of dout per id, [n, E], in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx.
+
+    wide: for few ids with many rows each. On a CPU aten sums 16-bit rows in 16 bits: of 4,128 one is lost in ten.
+    """
+    if wide and not dout.is_cuda and dout.dtype.itemsize == 2:
+        dout = dout.float()
+    ids = torch.where((ids >= 0) & (ids < n), ids, -1).long()
+    return torch.ops.aten.embedding_dense_backward(dout, ids, n, -1, False)
+
+
+class PackedPromptBatch(NamedTuple):
+    """What `prompt_concat_packed` returns; a base sequence has no prompt.
+
+    Attributes:
+        inputs_embeds: [num_rows, E], in the dtype of the embedding; 0 in the tail, which no sequence covers.
+        cu_seqlens: int32 [B + 1], where each sequence starts and the last one ends, as variable-length attention
+            takes them.
+        max_seqlen: no sequence is longer than this.
+        position_ids: int64 [num_rows], counting from 0 in each sequence; 0 in the tail.
+        labels: [num_rows], -100 on prompts and in the tail; None if no labels were given.
+        token_map: int64 [num_rows], the index in `input_ids` that a row came from; -1 for prompts and the tail.
+    """
+
+    inputs_embeds: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    position_ids: Tensor
+    labels: Tensor | None
+    token_map: Tensor
+
+
+def prompt_concat_packed(
+    input_ids: Tensor | None,
+    cu_seqlens: Tensor,
+    embedding: Tensor | None,
+    prompts: Tensor,
+    task_ids: Tensor | None = None,
+    *,
+    max_seqlen: int,
+    prompt_lengths: Tensor | None = None,
+    num_rows: int | None = None,
+    labels: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    after_bos: bool = False,
+) -> PackedPromptBatch:
+    prompts = prompts[None] if prompts.dim() == 2 else prompts
+    tokens = inputs_embeds if input_ids is None else input_ids
+    (num_tasks, P, _), total = prompts.shape, tokens.shape[0]
+    num_rows = total + (cu_seqlens.shape[0] - 1) * P if num_rows is None else num_rows
+    layout, cu_seqlens = packed_layout(cu_seqlens, task_ids, prompt_lengths, (total, num_tasks, P, num_rows), after_bos)
+    rows = packed_rows(layout, cu_seqlens, num_rows)
+    out = packed_embeddings(tokens, None if input_ids is None else embedding, prompts, rows)
+    positions, labels, token_map = packed_metadata(labels, rows)
+    return PackedPromptBatch(out, cu_seqlens, max_seqlen + P, positions, labels, token_map)
+
+
+def packed_layout(
+    cu_seqlens: Tensor,
+    task_ids: Tensor | None,
+    prompt_lengths: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    after_bos: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where things stand: int32 [B + 1, 4] (checked id, first token, tokens before the prompt, prompt length), whose
+    last row is the tail's, and the new cu_seqlens. sizes: total, num_tasks, P, num_rows.
+
+    Offsets that do not ascend from 0 to at most total make every id bad: whose rows are whose, nobody knows.
+    """
+    total, num_tasks, P, num_rows = sizes
+    B, cu = cu_seqlens.shape[0] - 1, cu_seqlens.long()
+    wrong = (cu[0] != 0) | (cu[1:] < cu[:-1]).any() | (cu[-1] > total)
+    start, end = cu[:-1].clamp(0, total), cu[1:].clamp(0, total)
+    count = (end - start).clamp(min=0)
+    ids, _, _, length = prompt_layout(task_ids, prompt_lengths, None, (B, 0, num_tasks, P), False, cu.device).unbind(1)
+    ids, length = torch.where(wrong, BAD, ids), torch.where(wrong, 0, length)
+    before = count.clamp(max=int(after_bos))
+    layout = F.pad(torch.stack([ids, start, before, length], 1), (0, 0, 0, 1))
+    layout[B, 0] = torch.where(wrong, BAD, BASE)
+    ends = (count + length).cumsum(0).clamp(max=num_rows)
+    return layout.to(torch.int32), F.pad(ends, (1, 0)).to(torch.int32)
+
+
+class PackedRows(NamedTuple):
+    """Per row of a packed batch: what stands there, and where. Each [num_rows].
+
+    Attributes:
+        position: its place in its sequence, 0 in the tail.
+        task: its sequence's checked id.
+        is_prompt, prompt_row: whether it holds a row of the prompt, and which.
+        source: the token that it holds, -1 for none.
+    """
+
+    position: Tensor
+    task: Tensor
+    is_prompt: Tensor
+    prompt_row: Tensor
+    source: Tensor
+
+
+def packed_rows(layout: Tensor, cu_seqlens: Tensor, num_rows: int) -> PackedRows:
+    row = torch.arange(num_rows, device=layout.device, dtype=torch.int32)
+    b = torch.searchsorted(cu_seqlens, row, right=True) - 1  # the last that starts there: those before it are empty
+    task, start, before, length = layout.long().index_select(0, b).unbind(1)
+    slot = row - cu_seqlens.index_select(0, b)
+    p = slot - before
+    is_prompt = (p >= 0) & (p < length)
+    covered = b < cu_seqlens.shape[0] - 1
+    source = torch.where(covered & ~is_prompt, start + slot - torch.where(p < 0, 0, length), -1)
+    return PackedRows(torch.where(covered, slot, 0).long(), task, is_prompt, p, source)
+
+
+def packed_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, rows: PackedRows) -> Tensor:
+    """[num_rows, E] from ids [total] and a table, or from embeddings [total, E]."""
+    num_tasks, P, E = prompts.shape
+    bad = rows.task == BAD
+    is_token = (rows.source >= 0) & ~bad
+    taken = _take_or(tokens, rows.source, 0)
+    if embedding is not None:
+        V = embedding.shape[0]
+        known = (taken >= 0) & (taken < V)
+        bad, is_token = bad | (is_token & ~known), is_token & known
+        taken = F.embedding(taken.clamp(0, V - 1), embedding) if V else embedding.new_zeros(taken.shape[0], E)
+    out = torch.where(is_token[:, None], taken, torch.where(bad, float("nan"), 0.0).to(taken.dtype)[:, None])
+    if num_tasks and P:
+        row = rows.task.clamp(min=0) * P + rows.prompt_row.clamp(0, P - 1)
+        prompt = prompts.reshape(num_tasks * P, E).index_select(0, row)
+        out = torch.where(rows.is_prompt[:, None], prompt.to(out.dtype), out)
+    return out
+
+
+def packed_metadata(labels: Tensor | None, rows: PackedRows) -> tuple[Tensor, Tensor | None, Tensor]:
+    """position_ids, labels and token_map of a PackedPromptBatch."""
+    return rows.position, None if labels is None else _take_or(labels, rows.source, -100), rows.source
+
+
+def packed_backward(dout: Tensor, layout: Tensor, cu_seqlens: Tensor, num_tasks: int, P: int) -> Tensor:
+    """dprompts [num_tasks, P, E] in fp32: each task's sequences of the batch in order."""
+    ids, _, before, length = layout[:-1].long().unbind(1)
+    p = torch.arange(P, device=dout.device)
+    row = (cu_seqlens[:-1] + before)[:, None] + p
+    has = (p < length[:, None]) & (row < cu_seqlens[1:, None])
+    # what is no prompt, or was dropped, adds to a last slot that nobody reads
+    slot = torch.where(has, ids[:, None] * P + p, num_tasks * P)
+    dtype, E = compute_dtype(dout), dout.shape[1]
+    rows = _take_or(dout, torch.where(has, row, -1).reshape(-1), 0).to(dtype)
+    dprompts = torch.zeros(num_tasks * P + 1, E, dtype=dtype, device=dout.device)
+    return dprompts.index_add_(0, slot.reshape(-1), rows)[:-1].clone().view(num_tasks, P, E)
+
+
+def packed_tokens(input_ids: Tensor, layout: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """The token id of each row, [num_rows]; -1 where there is none, or the sequence is bad."""
+    rows = packed_rows(layout, cu_seqlens, num_rows)
+    return _take_or(input_ids, torch.where(rows.task == BAD, -1, rows.source), -1)
+
+
+def take_packed_tokens(dout: Tensor, layout: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """The gradient of the token embeddings, [total, E]: the rows of dout that hold them, 0 where none does."""
+    B = cu_seqlens.shape[0] - 1
+    if B == 0:
+        return dout.new_zeros(total, dout.shape[1])
+    token = torch.arange(total, device=dout.device, dtype=torch.int32)
+    b = torch.searchsorted(layout[:-1, 1].contiguous(), token, right=True).clamp(min=1) - 1
+    task, start, before, length = layout.long().index_select(0, b).unbind(1)
+    slot = token - start
+    row = cu_seqlens[b] + slot + torch.where(slot < before, 0, length)
+    # a bad sequence is NaN: its gradient must not reach what others share
+    return _take_or(dout, torch.where((task != BAD) & (row < cu_seqlens[b + 1]), row, -1), 0)
+
+
+def _take_or(values: Tensor, source: Tensor, other: int) -> Tensor:
+    """values[source[i]], or `other` where source is -1. values: [n] or [n, E]."""
+    if values.shape[0] == 0:
+        return values.new_full((source.shape[0], *values.shape[1:]), other)
+    taken = values.index_select(0, source.clamp(min=0))
+    return torch.where(source.view(-1, *[1] * (values.dim() - 1)) >= 0, taken, other)

@@ -33,6 +33,15 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def one_thread():
+    """For models of a few thousand weights: threads that wait for each other took 17 s where one takes 0.2 s."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def truncates(dtype: torch.dtype) -> bool:
     """The interpreter truncates fp32 to bf16, where a GPU and aten round to nearest: one ulp apart."""
     return INTERPRET and dtype == torch.bfloat16

@@ -14,7 +14,16 @@ import peft_ops
 import peft_ops.reference
 
 ROOT = Path(__file__).resolve().parent.parent
-STEMS = {"ia3_glu", "ia3_kv_linear", "ia3_linear", "ia3_scale", "prompt_concat", "prompt_embed", "task_plan"}
+STEMS = {
+    "ia3_glu",
+    "ia3_kv_linear",
+    "ia3_linear",
+    "ia3_scale",
+    "prompt_concat",
+    "prompt_concat_packed",
+    "prompt_embed",
+    "task_plan",
+}
 SHARED_KERNEL_FILES = {"device", "dual", "tiles"}  # what several operators launch or call, and launch parameters
 
 SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
@@ -37,7 +46,7 @@ LAYERS = {
     "peft_ops/integrations": (
         {"integrations", "nn", "ops", "reference", "_backend"},
         {"torch"},
-        {"peft", "transformers"},
+        {"peft", "safetensors", "transformers"},
     ),
 }
 OUTSIDE = ("peft_ops/demo", "bench", "tests")  # these import the package, never the other way round

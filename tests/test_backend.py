@@ -126,7 +126,7 @@ def test_triton_refuses_cpu_tensors(op):
 @on_a_cpu
 @pytest.mark.parametrize("op", ["ia3_glu", "ia3_scale", "prompt_concat"])
 def test_native_needs_the_library(op, monkeypatch):
-    monkeypatch.setattr(_library, "_HAS_NATIVE", False)
+    monkeypatch.setattr(_library, "_NATIVE", frozenset())
     want = operators()[op]()  # auto goes on without it
     message = (
         f"^{op}: backend 'native' needs the compiled library, which this install lacks; see python -m peft_ops.info$"
@@ -281,6 +281,11 @@ for tokens, task, length in ((ids, 1, 2), (ids + 3, 0, 2), (ids, 0, 3), (ids, 0,
     args = tokens, e, p, torch.tensor([task])
     try: print(peft_ops.prompt_concat(*args, prompt_lengths=torch.tensor([length])).inputs_embeds.isnan().any().item())
     except IndexError as error: print(error)
+types = dict(token_type_embedding=e, token_type_ids=ids + 3)
+for op in (peft_ops.prompt_concat, peft_ops.prompt_embed):
+    for added in (types, dict(position_embedding=e[:2], position_offset=1)):
+        try: print(torch.as_tensor(op(ids, e, p, **added)[0]).isnan().any().item())
+        except IndexError as error: print(error)
 """
     done = run(code, TRITON_INTERPRET="1", PEFT_OPS_DEBUG="1")
     assert done.stdout.splitlines() == [
@@ -288,8 +293,12 @@ for tokens, task, length in ((ids, 1, 2), (ids + 3, 0, 2), (ids, 0, 3), (ids, 0,
         "prompt_concat: input_ids must be in [0, 3), got 3 at position 0",
         "prompt_concat: prompt_lengths must be in [0, 3), got 3 at position 0",
         "False",
+        "prompt_concat: token_type_ids must be in [0, 3), got 3 at position 0",
+        "prompt_concat: position_ids + 1 must be in [0, 2), got 2 at position 1",
+        "prompt_embed: token_type_ids must be in [0, 3), got 3 at position 0",
+        "prompt_embed: position_ids + 1 must be in [0, 2), got 2 at position 1",
     ], done.stdout + done.stderr
-    assert run(code, TRITON_INTERPRET="1").stdout.split() == ["True", "True", "False", "False"]
+    assert run(code, TRITON_INTERPRET="1").stdout.split() == ["True", "True", "False", "False"] + ["True"] * 4
 
 
 def test_info_follows_the_backend():

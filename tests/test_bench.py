@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import peft_ops
-from bench import gpu_check, matrix, model, overhead, report, tune
+from bench import gpu_check, matrix, model, overhead, report, task_bank, tune
 from bench.harness import BASELINE_AGAIN, Ratio, compare
 from bench.shapes import CASES, CPU_CASES, LAYERS, QUICK_CASES, QUICK_LAYERS, ROWS, Case, Layer
 from peft_ops.kernels import tiles
@@ -415,3 +415,16 @@ def test_gpu_check_sees_a_wrong_kernel(tuned, monkeypatch):
         right = tune.peft_ops.ia3_linear
         monkeypatch.setattr(tune.peft_ops, "ia3_linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.05)
         assert not check()
+
+
+def test_task_bank_counts_hits_and_says_what_is_computed():
+    sizes = task_bank.widths(layers=1)
+    sizes = {module: width // 512 for module, width in sizes.items()}
+    everything = task_bank.hits(sizes, 1.0, slots=16, tasks=10, batches=50, capacity=10)
+    assert everything["on the device"] == 1 and everything["else in host memory"] is None
+    some, more = (task_bank.hits(sizes, 1.0, slots, tasks=100, batches=50, capacity=100) for slots in (8, 32))
+    assert 0 < some["on the device"] < more["on the device"] < 1
+    draws = [int(name) for rows in task_bank.zipf(1.0, 100, 500) for name in rows]
+    assert 0.17 < draws.count(0) / len(draws) < 0.22, "1 / H(100) is 0.193"
+    swap = task_bank.swaps(sizes, 8)
+    assert "computed" in task_bank.million(sizes, swap)["note"] and min(swap.values()) > 0

@@ -30,6 +30,7 @@ IDS = {
     "strided": torch.tensor([[2, 9], [-1, 9], [0, 9]])[:, 0],
 }
 INF, NAN = float("inf"), float("nan")
+PLAIN = (1.0, None, None, None, None)  # no scale, types or positions
 SPECIAL = [INF, -INF, NAN, 0.0, -0.0, 1e-40, -1e-40, 6e-8, 65504.0, -65504.0, 3e38, 1.0, -2.5]
 
 
@@ -186,6 +187,28 @@ def test_backward_is_as_good_as_torch(activation, l_dtype, dtype):
         first = native.ia3_scale_backward(dy, z, ia3_l, torch.tensor([0]), activation, True, True)
         assert_bits(none[0], first[0])
         assert_bits(none[1], first[1])
+
+
+@pytest.mark.parametrize("ids", [None, IDS["mixed"]], ids=["no ids", "mixed"])
+@pytest.mark.parametrize("size", [(3, 4, 65), (2, 2, 3, 1), (12, 1, 0)], ids=str)
+def test_more_dimensions_are_rows(size, ids, dtype):
+    a, b, c = (randn(*size, dtype=dtype) for _ in range(3))
+    ia3_l, rows = randn(TASKS, size[-1], dtype=F32), [t.reshape(12, size[-1]) for t in (a, b, c)]
+    pairs = [
+        ([native.ia3_scale(a, ia3_l, ids, "silu")], [native.ia3_scale(rows[0], ia3_l, ids, "silu")]),
+        ([native.ia3_glu(a, b, ia3_l, ids, "silu")], [native.ia3_glu(*rows[:2], ia3_l, ids, "silu")]),
+        *(
+            (op(*tensors, ia3_l, ids, "silu", True, True), op(*flat, ia3_l, ids, "silu", True, True))
+            for op, tensors, flat in (
+                (native.ia3_scale_backward, (a, b), rows[:2]),
+                (native.ia3_glu_backward, (a, b, c), rows),
+            )
+        ),
+    ]
+    for got, want in pairs:
+        for x, y in zip(got, want, strict=True):
+            assert x.is_contiguous() and (x.shape == size or x.shape == ia3_l.shape)
+            assert_bits(x.reshape(y.shape), y)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -386,10 +409,10 @@ def test_prompt_concat_is_bitwise_the_reference(E, left, p_dtype, dtype):
     ids[2, 1], ids[4, 3] = V, -1
     for tokens in (ids, ids.int()):
         args = tokens, table, prompts, layout
-        assert_bits(native.prompt_concat(*args), reference.concat_embeddings(*args))
+        assert_bits(native.prompt_concat(*args, *PLAIN), reference.concat_embeddings(*args))
     embedded = randn(B, S, E, dtype=dtype)
     want = reference.concat_embeddings(embedded, None, prompts, layout)
-    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout, *PLAIN), want)
 
 
 @pytest.mark.parametrize("offset", range(8))
@@ -399,10 +422,10 @@ def test_prompt_concat_misaligned_and_strided(offset, dtype):
     table = randn(V * 40 + 8, dtype=dtype)[offset:].as_strided((V, E), (40, 1))
     prompts = randn(TASKS * P * 50 + 8, dtype=BF16)[offset:].as_strided((TASKS, P, E), (50, TASKS * 50, 1))
     want = reference.concat_embeddings(ids, table, prompts, layout)
-    assert_bits(native.prompt_concat(ids, table, prompts, layout), want)
+    assert_bits(native.prompt_concat(ids, table, prompts, layout, *PLAIN), want)
     embedded = randn(S, B, 37, dtype=dtype)[..., 2 : 2 + E].transpose(0, 1)
     want = reference.concat_embeddings(embedded, None, prompts, layout)
-    assert_bits(native.prompt_concat(embedded, None, prompts, layout), want)
+    assert_bits(native.prompt_concat(embedded, None, prompts, layout, *PLAIN), want)
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
@@ -421,6 +444,140 @@ def test_prompt_concat_backward_is_summed_in_its_fixed_order(E, left, dtype):
     assert_bits(native.prompt_concat_backward(dout, layout, TASKS, P), got)
 
 
+def packed_case(B: int, P: int, num_rows: int | None = None):
+    """The layout and offsets of a packed batch as the operator makes them, with bad, base and empty sequences."""
+    ids, counts = torch.randint(-1, TASKS, (B,)), torch.randint(0, 6, (B,))
+    ids[::5], counts[1::4] = TASKS, 0
+    cu, total = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]), int(counts.sum()) + 2
+    num_rows = total + B * P if num_rows is None else num_rows
+    lengths = torch.randint(0, P + 1, (TASKS,))
+    return total, num_rows, *reference.packed_layout(cu, ids, lengths, (total, TASKS, P, num_rows), True)
+
+
+@pytest.mark.parametrize("num_rows", [None, 0, 9])
+@pytest.mark.parametrize("E", [1, 31, 1025])
+def test_prompt_concat_packed_is_bitwise_the_reference(E, num_rows, dtype):
+    B, P, V = 23, 3, 11
+    total, num_rows, layout, cu = packed_case(B, P, num_rows)
+    prompts, table = randn(TASKS, P, E, dtype=torch.float32), randn(V, E, dtype=dtype)
+    ids = torch.randint(0, V, (total,))
+    ids[2], ids[4] = V, -1
+    rows = reference.packed_rows(layout, cu, num_rows)
+    for tokens, embedding in ((ids, table), (ids.int(), table), (randn(total, E, dtype=dtype), None)):
+        want = reference.packed_embeddings(tokens, embedding, prompts, rows)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        torch.set_num_threads(1)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("num_rows", [None, 9])
+def test_prompt_concat_packed_backward_is_summed_in_its_fixed_order(num_rows, dtype):
+    P, E = 3, 33
+    _, num_rows, layout, cu = packed_case(23, P, num_rows)
+    dout, want = randn(num_rows, E, dtype=dtype), torch.zeros(TASKS, P, E)
+    for (task, _, before, length), row, end in zip(layout.tolist(), cu.tolist(), cu[1:].tolist(), strict=False):
+        for p in range(min(length, end - row - before)):
+            want[task, p] += dout[row + before + p].float()
+    assert_bits(native.prompt_concat_packed_backward(dout[None], layout, cu, TASKS, P), want)
+
+
+def test_prompt_concat_packed_reads_nothing_outside_its_tensors():
+    """A layout that points past the tokens gives NaN rows; what a layout may not say at all is refused below."""
+    layout = torch.tensor([[0, 1 << 30, 0, 1], [-1, 2, 0, 0], [-1, 0, 0, 0]], dtype=torch.int32)
+    cu = torch.tensor([0, 3, 5], dtype=torch.int32)
+    for tokens, embedding in ((torch.zeros(3, dtype=torch.int64), torch.ones(4, 2)), (torch.ones(3, 2), None)):
+        out = native.prompt_concat_packed(tokens, embedding, torch.ones(1, 2, 2) * 7, layout, cu, 6)[:, 0]
+        assert out.nan_to_num(-1).tolist() == [7, -1, -1, 1, -1, 0]
+
+
+def embed_case(B: int, S: int, P: int, E: int, dtype, p_dtype):
+    """The arguments of native.prompt_embed, bad and base rows among them, and bad ids of every kind."""
+    ids, task_ids = torch.randint(0, 11 + P, (B, S)), torch.randint(-1, TASKS, (B,))
+    ids[::3, 0], ids[1::3, 0], task_ids[::5] = -1, 11 + P, TASKS
+    lengths = torch.randint(0, P + 1, (TASKS,))
+    return ids, randn(11, E, dtype=dtype), randn(TASKS, P, E, dtype=p_dtype), task_ids, lengths
+
+
+def embed_reference(ids, table, prompts, task_ids, lengths, scale=1.0, added=()):
+    rows = reference.embed_rows(ids, table.shape[0], task_ids, lengths, *prompts.shape[:2])
+    return reference.embed_tokens(ids, table, prompts, rows, scale, added), rows
+
+
+@pytest.mark.parametrize("p_dtype", DTYPES, ids=lambda d: f"prompts_{name_of(d)}")
+@pytest.mark.parametrize("E", [1, 31, 65, 1023, 4097])
+def test_prompt_embed_is_bitwise_the_reference(E, p_dtype, dtype):
+    ids, table, prompts, task_ids, lengths = embed_case(7, 5, 3, E, dtype, p_dtype)
+    for tokens, tasks, ends in ((ids, task_ids, lengths), (ids.int(), task_ids.int(), None)):
+        out, rows = native.prompt_embed(tokens, table, prompts, tasks, ends, *PLAIN)
+        want, want_rows = embed_reference(tokens, table, prompts, tasks, ends)
+        assert_bits(out, want)
+        assert torch.equal(rows, want_rows) and rows.dtype == torch.int32
+    out, rows = native.prompt_embed(ids, table, prompts[1:2], None, lengths[1:2], *PLAIN)
+    want, want_rows = embed_reference(ids, table, prompts[1:2], None, lengths[1:2])
+    assert_bits(out, want)
+    assert torch.equal(rows, want_rows)
+
+
+@pytest.mark.parametrize("offset", range(8))
+def test_prompt_embed_misaligned_and_strided(offset, dtype):
+    ids, table, prompts, task_ids, lengths = embed_case(3, 4, 2, 33, dtype, BF16)
+    table = randn(11 * 40 + 8, dtype=dtype)[offset:].as_strided((11, 33), (40, 1))
+    prompts = randn(TASKS * 2 * 50 + 8, dtype=BF16)[offset:].as_strided((TASKS, 2, 33), (50, TASKS * 50, 1))
+    args = ids, table, prompts, task_ids.repeat_interleave(2)[::2], lengths.repeat_interleave(2)[::2]
+    assert_bits(native.prompt_embed(*args, *PLAIN)[0], embed_reference(*args)[0])
+
+
+@pytest.mark.parametrize("t_dtype", DTYPES, ids=lambda d: f"tables_{name_of(d)}")
+@pytest.mark.parametrize("E", [1, 33, 1025])
+@pytest.mark.parametrize("which", ["scale", "types", "positions", "all"])
+def test_what_is_added_is_bitwise_the_reference(which, E, t_dtype, dtype):
+    """Of both prompt operators; ids outside a table are NaN rows."""
+    B, S, P, scale = 7, 5, 3, 33.9 if which in ("scale", "all") else 1.0
+    rounded = float(reference.rounded_scale(scale, dtype))
+
+    def added(slots):
+        ids = torch.randint(-1, 5, (B, slots)), torch.randint(-1, 10, (B, slots))
+        pairs = (ids[0], randn(4, E, dtype=t_dtype)), (ids[1], randn(9, E + 2, dtype=t_dtype)[:, 1:-1])
+        return [
+            reference.Added(*pair) if which in (name, "all") else reference.Added()
+            for name, pair in zip(("types", "positions"), pairs, strict=True)
+        ]
+
+    args, extra = embed_case(B, S, P, E, dtype, F16), added(S)
+    got, _ = native.prompt_embed(*args, rounded, *extra[0], *extra[1])
+    assert_bits(got, embed_reference(*args, scale, extra)[0])
+    for left in (False, True):
+        (ids, table, prompts, _, _), extra = args, added(P + S)
+        layout = concat_case(B, S, P, left)
+        got = native.prompt_concat(ids, table, prompts, layout, rounded, *extra[0], *extra[1])
+        assert_bits(got, reference.concat_embeddings(ids, table, prompts, layout, scale, extra))
+        embedded = randn(B, S, E, dtype=dtype)
+        got = native.prompt_concat(embedded, None, prompts, layout, rounded, *extra[0], *extra[1])
+        assert_bits(got, reference.concat_embeddings(embedded, None, prompts, layout, scale, extra))
+
+
+@pytest.mark.parametrize("E", [1, 33, 1025])
+def test_prompt_embed_backward_is_summed_in_its_fixed_order(E, dtype):
+    B, S, P = 23, 4, 3
+    rows = torch.randint(-1, TASKS * P + 2, (B, S))
+    dout = randn(B, S, E + 2, dtype=dtype)[..., 1:-1]
+    got = native.prompt_embed_backward(dout, rows.int(), TASKS, P)
+    want = torch.zeros(TASKS * P, E)
+    for row, d in zip(rows.flatten().tolist(), dout.flatten(0, 1), strict=True):
+        if 0 <= row < TASKS * P:
+            want[row] += d.float()
+    assert_bits(got, want.view(TASKS, P, E))
+    torch.set_num_threads(1)
+    assert_bits(native.prompt_embed_backward(dout, rows, TASKS, P), got)
+
+
+def test_outputs_of_huge_pages(dtype):
+    """From 4 MiB on the output's memory is asked for in another way."""
+    args = embed_case(30, 40, 3, 1801, dtype, F32)
+    assert_bits(native.prompt_embed(*args, *PLAIN)[0], embed_reference(*args)[0])
+
+
 def test_two_threads_give_the_bits_of_one(dtype):
     x, ia3_l, ids = randn(128, 2049, dtype=dtype), randn(TASKS, 2049, dtype=F32), torch.randint(-1, TASKS, (128,))
     layout, tokens = concat_case(64, 8, 4, True), randn(64, 8, 1025, dtype=dtype)
@@ -429,9 +586,10 @@ def test_two_threads_give_the_bits_of_one(dtype):
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         dz, dl = native.ia3_scale_backward(x, x, ia3_l, ids, "gelu_tanh", True, True)
-        y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout)
+        y, out = native.ia3_scale(x, ia3_l, ids, "silu"), native.prompt_concat(tokens, None, prompts, layout, *PLAIN)
         h = native.ia3_glu(x, x, ia3_l, ids, "gelu")
-        results.append((y, dz, dl, out, h, *native.ia3_glu_backward(x, x, x, ia3_l, ids, "silu", True, True)))
+        dprompts = native.prompt_concat_backward(out, layout, TASKS, 4)
+        results.append((y, dz, dl, out, h, dprompts, *native.ia3_glu_backward(x, x, x, ia3_l, ids, "silu", True, True)))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert_bits(got, want)
@@ -455,19 +613,32 @@ def test_zero_sizes(dtype):
         want = torch.full((B, P + S, E), 2.0 if V else float("nan"), dtype=dtype)
         if B:
             want[0, :P], want[1:, S:] = 1, 0
-        assert_bits(native.prompt_concat(tokens, table, torch.ones(1, P, E), layout), want)
+        assert_bits(native.prompt_concat(tokens, table, torch.ones(1, P, E), layout, *PLAIN), want)
         dout = torch.ones(B, P + S, E, dtype=dtype)
         assert_bits(native.prompt_concat_backward(dout, layout, 1, P), torch.ones(1, P, E) * (B > 0))
+        ids = torch.full((B, S), V)
+        out, rows = native.prompt_embed(ids, table, torch.ones(1, P, E), None, None, *PLAIN)
+        assert_bits(out, torch.full((B, S, E), 1.0 if P else NAN, dtype=dtype))
+        assert rows.eq(0 if P else 1).all() and rows.shape == (B, S)
+        want = torch.zeros(1, P, E)
+        want[:, :1] = B * S
+        assert_bits(native.prompt_embed_backward(torch.ones(B, S, E, dtype=dtype), rows, 1, P), want)
 
 
 X, TABLE, LAYOUT = torch.zeros(4, 8), torch.zeros(2, 8), torch.tensor([[0, 0, 0, 2]] * 2, dtype=torch.int32)
 TOKENS, EMBEDDING, PROMPTS = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(5, 8), torch.zeros(1, 2, 8)
+SLOTS, EMBED, CONCAT = torch.zeros(2, 5).long(), (EMBEDDING, PROMPTS), (TOKENS, EMBEDDING, PROMPTS, LAYOUT)
 DOUT, NO_IDS, THREE_IDS = torch.zeros(2, 5, 8), torch.tensor([], dtype=torch.int64), torch.tensor([0, 0, 0])
+PACKED, OFFSETS = (
+    torch.tensor([[0, 0, 0, 2], [-1, 0, 0, 0]], dtype=torch.int32),
+    torch.tensor([0, 5], dtype=torch.int32),
+)
 BAD_CALLS = [
     ("first_bad_id", (X, 2), "task_ids must be int32 or int64, got Float"),
     ("first_bad_id", (torch.tensor([0]), -1), "num_tasks must not be negative, got -1"),
     ("ia3_scale", (X.double(), TABLE, None, None), "x must be float32, float16 or bfloat16, got Double"),
-    ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, got shape \[8\]"),
+    ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, or contiguous with more dimensions, got shape \[8\]"),
+    ("ia3_scale", (X[None].mT, TABLE, None, None), "x must be 2-D, or contiguous with more dimensions, got shape"),
     ("ia3_scale", (X.t(), TABLE[:, :4], None, None), "x must be contiguous in its last dimension, got stride 8"),
     ("ia3_scale", (X, TABLE.long(), None, None), "ia3_l must be float32, float16 or bfloat16, got Long"),
     ("ia3_scale", (X, TABLE[:, :7], None, None), r"ia3_l must have 8 columns as x has, got shape \[2, 7\]"),
@@ -487,17 +658,37 @@ BAD_CALLS = [
     ("ia3_glu", (X, X, TABLE, None, "tanh"), "activation must be None, relu, gelu, gelu_tanh or silu, got tanh"),
     ("ia3_glu_backward", (X[:3], X, X, TABLE, None, None, True, True), r"dh must have gate's shape \[4, 8\], got"),
     ("ia3_glu_backward", (X, X, X.half(), TABLE, None, None, True, True), "up must have gate's dtype, got Half"),
-    ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT), r"tokens must be \[B, S\] where there is an"),
-    ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT), "tokens must be float32, float16 or bfloat16, got Long"),
-    ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT), r"embedding must be 2-D, got shape \[8\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[0], LAYOUT), r"prompts must be 3-D, got shape \[2, 8\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[..., :4], LAYOUT), "prompts must have 8 columns as the"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long()), "layout must be int32, got Long"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1]), r"layout must be \[2, 4\], got \[1, 4\]"),
-    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1), "layout must stay inside 1 tasks, 3 tokens and 2"),
+    ("prompt_concat", (TOKENS[0], EMBEDDING, PROMPTS, LAYOUT, *PLAIN), r"tokens must be \[B, S\] where there is an"),
+    ("prompt_concat", (TOKENS, None, PROMPTS, LAYOUT, *PLAIN), "tokens must be float32, float16 or bfloat16, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING[0], PROMPTS, LAYOUT, *PLAIN), r"embedding must be 2-D, got shape \[8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[0], LAYOUT, *PLAIN), r"prompts must be 3-D, got shape \[2, 8\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS[..., :4], LAYOUT, *PLAIN), "prompts must have 8 columns as the"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long(), *PLAIN), "layout must be int32, got Long"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1], *PLAIN), r"layout must be \[2, 4\], got \[1, 4\]"),
+    ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1, *PLAIN), "layout must stay inside 1 tasks, 3"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 1, 6), r"P must lie in \[0, 5\], got 6"),
     ("prompt_concat_backward", (DOUT, LAYOUT, -1, 2), "num_tasks must not be negative, got -1"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 0, 2), "layout must stay inside 0 tasks"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, OFFSETS, 3), "layout must stay inside 1 tasks"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED + 1, OFFSETS, 9), "layout must stay inside 1"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED[:1], OFFSETS, 9), r"layout must be \[2, 4\], got"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, -OFFSETS, 9), "layout must stay inside"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS[..., :4], PACKED, OFFSETS, 9), "prompts must have 8 col"),
+    ("prompt_concat_packed_backward", (DOUT, PACKED, OFFSETS, 1, 2), r"dout must be \[1, num_rows, E\], got shape"),
+    ("prompt_concat_packed_backward", (DOUT[:1], PACKED, OFFSETS, -1, 2), "num_tasks and P must not be negative"),
+    ("prompt_concat", (*CONCAT, 1.0, SLOTS, None, None, None), "types and type_embedding must be given together"),
+    ("prompt_concat", (*CONCAT, 1.0, TOKENS, EMBEDDING, None, None), "types must have 10 elements, got shape"),
+    ("prompt_concat", (*CONCAT, 1.0, SLOTS, DOUT, None, None), r"type_embedding must be 2-D, got shape \[2, 5, 8\]"),
+    ("prompt_concat", (*CONCAT, 1.0, None, None, SLOTS, X[:, 1:]), "position_embedding must have 8 columns as the"),
+    ("prompt_embed", (TOKENS[0], *EMBED, None, None, *PLAIN), r"input_ids must be \[B, S\], got shape \[3\]"),
+    ("prompt_embed", (TOKENS, EMBEDDING.long(), PROMPTS, None, None, *PLAIN), "embedding must be float32, float16 or"),
+    ("prompt_embed", (TOKENS, EMBEDDING, PROMPTS[..., 1:], None, None, *PLAIN), "prompts must have 8 columns as the"),
+    ("prompt_embed", (TOKENS, EMBEDDING, PROMPTS[:0], None, None, *PLAIN), "prompts must have a task where task_ids"),
+    ("prompt_embed", (TOKENS, *EMBED, THREE_IDS, None, *PLAIN), "task_ids must be one per sequence, 2, got 3"),
+    ("prompt_embed", (TOKENS, *EMBED, None, THREE_IDS, *PLAIN), "prompt_lengths must be one per task, 1, got 3"),
+    ("prompt_embed", (TOKENS, *EMBED, None, None, 1.0, None, None, TOKENS, None), "positions and position_embedding"),
+    ("prompt_embed_backward", (DOUT, TOKENS, 1, 2), r"rows must be \[2, 5\], got \[2, 3\]"),
+    ("prompt_embed_backward", (DOUT, SLOTS, 1, -1), "num_tasks and P must not be negative, got 1 and -1"),
 ]  # fmt: skip
 
 
@@ -564,3 +755,13 @@ def test_info_says_what_runs():
     rows = info.info()
     assert rows["native CPU library"].startswith("_C")
     assert "native" in rows["ia3_scale on a CPU"] or "Triton" in rows["ia3_scale on a CPU"]
+
+
+def test_no_tokens_of_any_stride():
+    """A tensor without elements is contiguous whatever its strides are."""
+    embeds, cu_seqlens, prompts = torch.empty(8, 5).t()[:0], torch.zeros(3, dtype=torch.int32), torch.randn(2, 4, 8)
+    with peft_ops.set_backend("native"):
+        batch = peft_ops.prompt_concat_packed(
+            None, cu_seqlens, None, prompts, torch.tensor([1, 0]), max_seqlen=4, inputs_embeds=embeds
+        )
+    assert torch.equal(batch.inputs_embeds, prompts[[1, 0]].flatten(0, 1))

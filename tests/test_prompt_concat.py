@@ -29,6 +29,7 @@ pytestmark = pytest.mark.kernels
 NAN, INF = float("nan"), float("inf")
 SIDES = ["right", "left"]
 V = 11
+NOTHING_ADDED = (0, 1.0)  # position_offset and embed_scale of the raw operator
 
 
 def make(B=5, S=6, P=4, E=8, dtype=torch.float32, num_tasks=3, prompts_dtype=None, ids_dtype=torch.int64):
@@ -44,17 +45,19 @@ def tensor(values, dtype=torch.int64):
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def slots_of(S, P, task, length, attended, left):
+def slots_of(S, P, task, length, attended, left, after_bos):
     """What stands in each slot of one row: ("prompt", i), ("token", s), or None for a spare slot."""
     p = length if task >= 0 else 0
     real = [s for s in range(S) if attended[s]]
-    first = real[0] if real else (S if left else 0)
+    first = real[0] + after_bos if real else (S if left else 0)
     text = [("token", s) for s in range(S)]
     row = text[:first] + [("prompt", i) for i in range(p)] + text[first:]
     return [None] * (P - p) + row if left else row + [None] * (P - p)
 
 
-def layout_of(shape, prompts, task_ids=None, prompt_lengths=None, attention_mask=None, padding_side="right"):
+def layout_of(
+    shape, prompts, task_ids=None, prompt_lengths=None, attention_mask=None, padding_side="right", after_bos=False
+):
     """For each sequence its task (-1 base, -2 bad) and its slots."""
     (B, S), (num_tasks, P) = shape, prompts.shape[:2]
     rows = []
@@ -63,7 +66,7 @@ def layout_of(shape, prompts, task_ids=None, prompt_lengths=None, attention_mask
         task = task if -1 <= task < num_tasks else -2
         length = P if prompt_lengths is None or task < 0 else min(max(int(prompt_lengths[task]), 0), P)
         attended = [True] * S if attention_mask is None else (attention_mask[b] != 0).tolist()
-        rows.append((task, slots_of(S, P, task, length, attended, padding_side == "left")))
+        rows.append((task, slots_of(S, P, task, length, attended, padding_side == "left", after_bos)))
     return rows
 
 
@@ -146,12 +149,13 @@ IDS, LENGTHS = [0, 2, 1, -1, 2, 0], [4, 0, 2]
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("after_bos", [False, True], ids=["first", "after_bos"])
 @pytest.mark.parametrize("with_mask", [False, True], ids=["no_mask", "mask"])
 @pytest.mark.parametrize("with_lengths", [False, True], ids=["whole", "lengths"])
-def test_every_slot(side, with_mask, with_lengths):
+def test_every_slot(side, after_bos, with_mask, with_lengths):
     for roll in range(6):  # every kind of mask meets every task
         args = make(6, 7, dtype=DTYPES[roll % 3])
-        kwargs = dict(labels=torch.randint(V, (6, 7), device=DEVICE), padding_side=side)
+        kwargs = dict(labels=torch.randint(V, (6, 7), device=DEVICE), padding_side=side, after_bos=after_bos)
         kwargs |= dict(prompt_lengths=tensor(LENGTHS)) if with_lengths else {}
         kwargs |= dict(attention_mask=masks(7)) if with_mask else {}
         check(*args, tensor(IDS).roll(roll), **kwargs)
@@ -177,6 +181,28 @@ def test_as_documented():
     assert left.token_map.tolist() == [[-1, -1, -1, 1, 2], [-1, -1, -1, -1, 2]] and left.labels is None
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_after_bos_as_documented(side):
+    """Token 1 is the BOS: pads stay outside, a row without tokens is as it is without after_bos."""
+    embedding, prompts = torch.arange(10.0, device=DEVICE)[:, None], tensor([[[-1], [-2]]], torch.float32)
+    ids, want, positions = {
+        "right": ([[1, 5, 6], [1, 7, 0], [1, 0, 0], [0, 0, 0]],
+                  [[1, -1, -2, 5, 6], [1, -1, -2, 7, 0], [1, -1, -2, 0, 0], [-1, -2, 0, 0, 0]],
+                  [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0], [0, 1, 2, 0, 0], [0, 1, 0, 0, 0]]),
+        "left": ([[1, 5, 6], [0, 1, 7], [0, 0, 1], [0, 0, 0]],
+                 [[1, -1, -2, 5, 6], [0, 1, -1, -2, 7], [0, 0, 1, -1, -2], [0, 0, 0, -1, -2]],
+                 [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1]]),
+    }[side]  # fmt: skip
+    ids = tensor(ids)
+    got = prompt_concat(
+        ids, embedding, prompts, attention_mask=(ids > 0).long(), labels=ids, padding_side=side, after_bos=True
+    )
+    assert got.inputs_embeds[..., 0].tolist() == want and got.position_ids.tolist() == positions
+    assert torch.equal(got.labels, torch.where(got.inputs_embeds[..., 0] > 0, got.inputs_embeds[..., 0].long(), -100))
+    whole = prompt_concat(ids[:1], embedding, prompts, padding_side=side, after_bos=True)
+    assert torch.equal(whole.inputs_embeds, got.inputs_embeds[:1])
+
+
 SIZES = [(1, 6, 4), (3, 0, 4), (3, 1, 4), (3, 6, 0), (3, 6, 1), (3, 0, 0), (1, 1, 1), (1, 1, 0), (1, 0, 1)]
 
 
@@ -189,7 +215,7 @@ def test_sizes(sizes, side):
     for attention_mask in (None, mask, torch.zeros_like(mask)):
         args = dict(attention_mask=attention_mask, labels=ids, padding_side=side)
         check(ids, embedding, prompts, tensor([2, -1, 0])[:B], prompt_lengths=tensor([P, 0, P // 2]), **args)
-        check(ids, embedding, prompts[:1], **args)
+        check(ids, embedding, prompts[:1], after_bos=True, **args)
         check(ids, embedding, prompts[1], prompt_lengths=tensor([P // 2]), **args)
 
 
@@ -370,7 +396,7 @@ def test_gradients(sizes, prompts_dtype, dtype):
     ids_dtype = torch.int32 if dtype == torch.float16 else torch.int64
     ids, embedding, prompts = make(B, S, P, E, dtype, prompts_dtype=prompts_dtype, ids_dtype=ids_dtype)
     mask, task_ids = (masks(S) if S > 1 else tensor([[1], [0], [1], [0], [0], [1]])), tensor([0, 0, 2, 1, -1, 2])
-    kwargs = dict(prompt_lengths=tensor([P, 0, P // 2]), attention_mask=mask, padding_side=side)
+    kwargs = dict(prompt_lengths=tensor([P, 0, P // 2]), attention_mask=mask, padding_side=side, after_bos=S == 1)
     dout = torch.randn(B, P + S, E, device=DEVICE).to(dtype)
     by_loop = gradients_by_loop(dout, (B, S), embedding, prompts, task_ids, ids, **kwargs)
     dprompts_loop, dtable_64, dtokens_loop = by_loop
@@ -421,7 +447,7 @@ def test_gradcheck_in_fp64(side):
         task_ids = ids_like("uniform", B, num_tasks)
         kwargs = dict(
             prompt_lengths=torch.randint(P + 1, (num_tasks,), device=DEVICE),
-            attention_mask=torch.randint(2, (B, S), device=DEVICE), padding_side=side,
+            attention_mask=torch.randint(2, (B, S), device=DEVICE), padding_side=side, after_bos=B == 4,
         )  # fmt: skip
 
         def with_table(e, p, ids=ids, t=task_ids, kwargs=kwargs):
@@ -809,9 +835,9 @@ def test_zero_sizes(sizes, backend, dtype):
     st.tuples(st.integers(1, 6), st.integers(0, 12), st.integers(0, 6), st.integers(1, 40), st.integers(1, 4)),
     st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
     st.sampled_from([None, torch.bool, torch.int64, torch.float16]),
-    st.sampled_from(SIDES), st.booleans(), st.booleans(), st.integers(0, 2**31),
+    st.sampled_from(SIDES), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**31),
 )  # fmt: skip
-def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, embeds, with_lengths, seed):
+def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, after_bos, embeds, with_lengths, seed):
     torch.manual_seed(seed)
     (B, S, P, E, num_tasks), (dtype, prompts_dtype) = sizes, dtypes
     ids, embedding, prompts = make(B, S, P, E, dtype, num_tasks, prompts_dtype)
@@ -820,7 +846,7 @@ def test_anything_against_the_loop(sizes, dtypes, mask_dtype, side, embeds, with
         *tokens, prompts, ids_like("uniform", B, num_tasks), inputs_embeds=embedding[ids] if embeds else None,
         prompt_lengths=torch.randint(P + 1, (num_tasks,), device=DEVICE) if with_lengths else None,
         attention_mask=None if mask_dtype is None else (torch.rand(B, S, device=DEVICE) < 0.6).to(mask_dtype),
-        labels=ids if with_lengths else None, padding_side=side,
+        labels=ids if with_lengths else None, padding_side=side, after_bos=after_bos,
     )  # fmt: skip
 
 
@@ -926,7 +952,10 @@ def test_opcheck(embeds, with_mask, with_ids, grad):
     tokens[0 if embeds else 1].requires_grad_(grad)
     task_ids, lengths = (tensor([0, 2, -1, 1]), tensor([3, 0, 2])) if with_ids else (None, None)
     metadata = (torch.randint(2, (4, 5), device=DEVICE).to(torch.bfloat16), ids.int()) if with_mask else (None, None)
-    args = (*tokens, prompts, task_ids, lengths, *metadata, with_ids)
+    tables = [torch.randn(n, 8, device=DEVICE, requires_grad=grad) if with_mask else None for n in (9, 2)]
+    types = torch.randint(2, (4, 5), device=DEVICE) if with_mask and with_ids else None
+    scalars = (1, 2.5) if with_mask else NOTHING_ADDED
+    args = (*tokens, prompts, *tables, task_ids, lengths, *metadata, types, *scalars, with_ids, with_mask)
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat, args)
     layout = torch.ops.peft_ops.prompt_concat(*args)[5]
     dout = torch.randn(4, 8, 8, device=DEVICE)
@@ -937,7 +966,7 @@ def test_operator_differentiates_when_called_raw():
     ids, embedding, prompts = make()
     e, p = embedding.requires_grad_(), prompts.requires_grad_()
     task_ids, dout = tensor([0, 1, 2, -1, 1]), torch.randn(5, 10, 8, device=DEVICE)
-    out = torch.ops.peft_ops.prompt_concat(ids, e, p, task_ids, None, None, None, False)
+    out = torch.ops.peft_ops.prompt_concat(ids, e, p, None, None, task_ids, *[None] * 4, *NOTHING_ADDED, False, False)
     want = torch.autograd.grad(prompt_concat(ids, e, p, task_ids).inputs_embeds, (e, p), dout)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out[0], (e, p), dout), want, strict=True))
     assert [t.requires_grad for t in out] == [True] + [False] * 5
@@ -946,10 +975,11 @@ def test_operator_differentiates_when_called_raw():
 @pytest.mark.parametrize("sizes", [(2, 3, 0), (2, 0, 3), (0, 3, 2), (2, 0, 0)], ids=lambda s: "B{}-S{}-P{}".format(*s))
 def test_opcheck_of_nothing(sizes):
     B, S, P = sizes
-    args = *make(B, S, P), torch.zeros(B, dtype=torch.int64, device=DEVICE), None, None, None, True
+    task_ids = torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    args = *make(B, S, P), None, None, task_ids, *[None] * 4, *NOTHING_ADDED, True, True
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat, args)
     layout = torch.ops.peft_ops.prompt_concat(*args)[5]
-    assert torch.equal(layout, reference.prompt_layout(args[3], None, None, (B, S, 3, P), True, layout.device))
+    assert torch.equal(layout, reference.prompt_layout(task_ids, None, None, (B, S, 3, P), True, layout.device, True))
 
 
 def test_raw_operator_is_never_wrong_on_strided_tensors():
@@ -957,12 +987,14 @@ def test_raw_operator_is_never_wrong_on_strided_tensors():
     op, backward = torch.ops.peft_ops.prompt_concat, torch.ops.peft_ops.prompt_concat_backward
     strided, (ids, embedding, prompts) = STRIDED["columns first"], make(4, 5)
     task_ids, lengths = tensor([0, 2, -1, 1]), tensor([3, 0, 2])
-    args = [ids, embedding, prompts, task_ids, lengths, torch.randint(2, (4, 5), device=DEVICE), ids]
-    want, dout = op(*args, True), torch.randn(4, 9, 8, device=DEVICE)
-    for i in (0, 1, 2, 5, 6):
+    tables = torch.randn(9, 8, device=DEVICE), torch.randn(V, 8, device=DEVICE)
+    mask = torch.randint(2, (4, 5), device=DEVICE)
+    args = [ids, embedding, prompts, *tables, task_ids, lengths, mask, ids, ids]
+    want, dout = op(*args, *NOTHING_ADDED, True, False), torch.randn(4, 9, 8, device=DEVICE)
+    for i in (0, 1, 2, 3, 4, 7, 8, 9):
         changed = [strided(t) if i == j else t for j, t in enumerate(args)]
         try:
-            got = op(*changed, True)
+            got = op(*changed, *NOTHING_ADDED, True, False)
         except RuntimeError as e:
             assert "must be contiguous" in str(e) or "must be 1-D or contiguous" in str(e)
             continue
@@ -1075,7 +1107,7 @@ def test_checkpointing_recomputes_the_same():
 @pytest.mark.skipif(KERNELS, reason="about an install without the native library, on a CPU")
 @pytest.mark.parametrize("side", SIDES)
 def test_without_the_native_library(side, dtype, monkeypatch):
-    monkeypatch.setattr(_library, "_HAS_NATIVE", False)
+    monkeypatch.setattr(_library, "_NATIVE", frozenset())
     ids, embedding, prompts = make(6, 7, dtype=dtype, prompts_dtype=torch.float32)
     kwargs = dict(prompt_lengths=tensor(LENGTHS), attention_mask=masks(7), padding_side=side)
     p, x = prompts.clone().requires_grad_(), embedding[ids].requires_grad_()
@@ -1178,7 +1210,9 @@ def test_fake_cuda_tensors():
             mask_dtype = torch.int64 if mask is None else torch.bool
             assert [t.dtype for t in got] == [torch.bfloat16, mask_dtype, torch.int64, torch.int32, torch.int64]
             assert got.inputs_embeds.shape == (4, 9, 8)
-        layout = torch.ops.peft_ops.prompt_concat(ids, embedding, prompts, task_ids, None, None, None, False)[5]
+        layout = torch.ops.peft_ops.prompt_concat(
+            ids, embedding, prompts, None, None, task_ids, *[None] * 4, *NOTHING_ADDED, False, False
+        )[5]
         assert layout.shape == (4, 4) and layout.dtype == torch.int32
         dprompts = torch.ops.peft_ops.prompt_concat_backward(got.inputs_embeds, layout, 2, 6)
         assert dprompts.shape == (2, 6, 8) and dprompts.dtype == torch.float32 and dprompts.device.type == "cuda"

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.kernels
 
 NAN, INF = float("nan"), float("inf")
 V = 11
+NOTHING_ADDED = (None, None, 0, 1.0)  # position_ids, token_type_ids, position_offset, embed_scale of the raw operator
 
 
 def tensor(values, dtype=torch.int64):
@@ -240,10 +241,10 @@ def test_gradient_only_where_asked(dtype, monkeypatch):
     ids, embedding, prompts, task_ids = args = make(dtype=dtype)
     dout, calls = torch.randn(5, 9, 8, device=DEVICE).to(dtype), []
     both = gradients(prompt_embed, args, dout)
-    for name in ("_backward_op", "_embedding_backward"):
-        f = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, f=f, name=name: calls.append(name) or f(*a))
-    for i, name in enumerate(("_embedding_backward", "_backward_op")):
+    for owner, name in ((module, "_backward_op"), (reference, "embedding_backward")):
+        f = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=f, name=name: calls.append(name) or f(*a))
+    for i, name in enumerate(("embedding_backward", "_backward_op")):
         leaves, saved = [embedding.clone(), prompts.clone()], []
         leaves[i].requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=saved: s.append(t) or t, lambda t: t):
@@ -450,7 +451,8 @@ def test_anything_against_the_loop(sizes, dtypes, with_lengths, seed):
 def test_opcheck(sizes, grad):
     lengths = tensor([min(sizes[2], 1)] * 3)
     ids, embedding, prompts, task_ids = make(*sizes, lengths=lengths)
-    args = ids, embedding.requires_grad_(grad), prompts.requires_grad_(grad), task_ids, lengths
+    tables = embedding.requires_grad_(grad), prompts.requires_grad_(grad)
+    args = ids, *tables, None, None, task_ids, lengths, *NOTHING_ADDED
     torch.library.opcheck(torch.ops.peft_ops.prompt_embed, args)
     with torch.no_grad():
         out, rows = torch.ops.peft_ops.prompt_embed(*args)
@@ -465,12 +467,13 @@ def test_operator_called_raw():
         prompts.clone().requires_grad_(),
         torch.randn(5, 9, 8, device=DEVICE),
     )
-    out, rows = torch.ops.peft_ops.prompt_embed(ids, e, p, task_ids, None)
+    out, rows = torch.ops.peft_ops.prompt_embed(ids, e, p, None, None, task_ids, None, *NOTHING_ADDED)
     assert not rows.requires_grad
     for a, b in zip(torch.autograd.grad(out, (e, p), dout), gradients(prompt_embed, args, dout), strict=True):
         assert torch.equal(a, b)
     strided = STRIDED["columns first"]
-    assert torch.equal(torch.ops.peft_ops.prompt_embed(*map(strided, args), None)[0], out)
+    *tables, tasks = map(strided, args)
+    assert torch.equal(torch.ops.peft_ops.prompt_embed(*tables, None, None, tasks, None, *NOTHING_ADDED)[0], out)
     backward = torch.ops.peft_ops.prompt_embed_backward
     assert torch.equal(backward(strided(dout), strided(rows), 3, 4), backward(dout, rows, 3, 4))
 

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_ops import prompt_embed
-from peft_ops.nn import Template
+from peft_ops.nn import MultitaskPromptEmbedding, PromptEmbedding, PromptEncoder, TaskBatch, Template, tasks
+from tests.conftest import DEVICE, KERNELS
 
 V = 12
 WORDS = ["[PAD]", "[MASK]", "[CLS]", "[SEP]", "great", "bad", "film", "it", "was", "."]
@@ -80,6 +83,119 @@ def test_feeds_prompt_embed(tokenizer):
     assert torch.equal(out[1], torch.stack([prompts[0, 0], embedding[5], prompts[0, 1], prompts[0, 2]]))
 
 
+some_texts = st.lists(st.sampled_from(WORDS[4:]), max_size=6).map(" ".join)
+some_pieces = st.lists(
+    st.sampled_from(["<P>", "<P*2>", "[MASK]", "[CLS]", "[SEP]", "{a}", "{b}", "it was", "."]), max_size=8
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(some_pieces, some_texts, some_texts, st.integers(0, 2))
+def test_any_form_there_and_back(pieces, a, b, pads):
+    """What comes back is the form, its virtual tokens numbered and its texts put in, whatever pads follow."""
+    template, given, count, want = Template(" ".join(pieces), Tokenizer(), V), {"{a}": a, "{b}": b}, 0, []
+    for piece in pieces:
+        for _ in range({"<P>": 1, "<P*2>": 2}.get(piece, 0)):
+            want.append(f"P{count}")
+            count += 1
+        want += given.get(piece, piece).split() if piece[0] != "<" else []
+    ids = template.encode(**{piece[1]: given[piece] for piece in pieces if piece in given})
+    assert (template.num_virtual_tokens, template.num_masks) == (count, pieces.count("[MASK]"))
+    assert template.decode(ids + [0] * pads, [1] * len(ids) + [0] * pads) == " ".join(want)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(some_texts, some_texts, st.integers(0, 14), st.sampled_from(["right", "left"]))
+def test_max_length_cuts_texts_alone(a, b, room, side):
+    tokenizer = Tokenizer()
+    tokenizer.truncation_side = side
+    template = Template("[CLS] <P*2> {a} [MASK] {b} [SEP]", tokenizer, V, max_length=5 + room)
+    ids, kept = template.encode(a=a, b=b), []
+    assert len(ids) == 5 + min(len(a.split()) + len(b.split()), room)
+    assert [ids[:3], ids[-1:]] == [[2, V, V + 1], [3]]
+    at = ids.index(1)
+    for part, text in ((ids[3:at], a), (ids[at + 1 : -1], b)):
+        words = text.split()
+        assert tokenizer.decode(part).split() == (
+            words[len(words) - len(part) :] if side == "left" else words[: len(part)]
+        )
+        kept.append((len(part), len(words) - len(part)))
+    assert all(length >= max(kept)[0] - 1 for length, lost in kept if lost), "no text is cut below a longer one"
+
+
+def test_a_text_given_twice_fits_too(tokenizer):
+    template = Template("{a}[MASK]{b}{a}", tokenizer, V, max_length=6)
+    assert template.decode(template.encode(a="great bad film", b="it")) == "great bad [MASK] it great bad"
+    assert len(template.encode(a="great bad film", b="it was it")) <= 6
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_mask_positions_read_the_logits(side, tokenizer):
+    template = Template("<P> {a} [MASK] {b} [MASK]", tokenizer, V)
+    ids = template(a=["film", "", "great bad film"], b=["it", "was bad", ""], padding_side=side)["input_ids"]
+    positions = template.mask_positions(ids)
+    assert positions.shape == (3, template.num_masks) and positions.dtype == torch.int64
+    assert positions.tolist() == [[p for p, i in enumerate(row) if i == 1] for row in ids.tolist()]
+    assert torch.equal(template.mask_positions(ids.int()), positions)
+    read = torch.nn.functional.one_hot(ids, V + 1).take_along_dim(positions[..., None], 1)
+    assert read.argmax(-1).unique().tolist() == [1]
+    assert template.mask_positions(ids[:0]).shape == (0, 2)
+
+
+def test_prompt_embedding_fills_the_form(tokenizer):
+    """A mixed batch, its prompts by name: as prompt_embed with a table made by hand, gradients too."""
+    template, prompts = Template("<P> {text} <P*2>", tokenizer, V), PromptEmbedding()
+    for name in ("red", "blue"):
+        prompts.add_adapter(name, PromptEncoder.lama(template.num_virtual_tokens, 4))
+    prompts.to(DEVICE)
+    template.check(prompts)
+    embedding, ids = torch.randn(V, 4, device=DEVICE), template(text=["film", "bad it", "was"])["input_ids"].to(DEVICE)
+    rows = ["blue", "red", "blue"]
+    out = prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE))
+    table = torch.stack([prompts.prompt(name) for name in ("blue", "red")])
+    assert torch.equal(out, prompt_embed(ids, embedding, table, torch.tensor([0, 1, 0], device=DEVICE)))
+    doubled = prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE), embed_scale=2.0)
+    assert torch.equal(doubled, torch.where(ids[..., None] < V, 2 * out, out))
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompts.parameters())
+    with tasks(rows, DEVICE), torch.no_grad():
+        served = prompts.embed(ids, embedding)
+        torch.testing.assert_close(served, out)  # without gradients an LSTM takes other kernels
+        prompts.materialize(["blue", "red"])
+        assert torch.equal(prompts.embed(ids, embedding), served)
+    prompts.eval().drop_encoders()
+    with torch.no_grad():
+        assert torch.equal(prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE)), served)
+    words = ids.clamp(max=V - 1)  # a row of the base model has words alone
+    assert torch.equal(prompts.embed(words, embedding), embedding[words])
+    if KERNELS:
+        assert prompts.embed(ids, embedding, TaskBatch.of_rows([None, "red", "blue"], DEVICE))[0, 0].isnan().all()
+    else:
+        with pytest.raises(IndexError, match=f"^prompt_embed: input_ids must be in .0, {V}.* got {V} at position 0$"):
+            prompts.embed(ids, embedding, TaskBatch.of_rows([None, "red", "blue"]))
+    with pytest.raises(TypeError, match="^PromptEmbedding: input_ids must be a tensor, got list$"):
+        prompts.embed([[1]], embedding)
+
+
+def test_check_compares_the_prompts_with_the_form(tokenizer):
+    template, prompts = Template("<P>{text}<P*2>", tokenizer, V), PromptEmbedding()
+    prompts.add_adapter("red", PromptEncoder(3, 4))
+    prompts.add_adapter("blue", PromptEncoder(2, 4))
+    prompts.drop_encoders(["blue"])
+    template.check(prompts, ["red"])
+    template.check(MultitaskPromptEmbedding(["red"], 3, 4))
+    text = "^Template.check: prompts must have 3 virtual tokens, as '<P>{text}<P.2>' has, got 2 for 'blue'$"
+    for names in (None, ["red", "blue"]):
+        with pytest.raises(ValueError, match=text):
+            template.check(prompts, names)
+    with pytest.raises(ValueError, match="got 4 for 'red'$"):
+        template.check(MultitaskPromptEmbedding(["red"], 4, 4))
+    with pytest.raises(ValueError, match="^Template.check: adapter must be one of .'red', 'blue'., got 'green'$"):
+        template.check(prompts, ["green"])
+    with pytest.raises(TypeError, match="^Template.check: prompts must be a module of prompts, got PromptEncoder$"):
+        template.check(PromptEncoder(3, 4))
+
+
 def test_bad_input(tokenizer):
     template = Template("<P>{text}", tokenizer, V)
     with pytest.raises(ValueError, match=r"^Template: texts must be given for \['text'\], got \['words'\]$"):
@@ -90,3 +206,19 @@ def test_bad_input(tokenizer):
         template(text=["film"], padding_side="both")
     with pytest.raises(ValueError, match="zip"):
         Template("{a}{b}", tokenizer, V)(a=["film"], b=[])
+    with pytest.raises(ValueError, match=r"^Template: max_length must be at least 3, the ids of .* texts, got 2$"):
+        Template("<P*2>{text}[MASK]", tokenizer, V, max_length=2)
+    with pytest.raises(TypeError, match="^Template: max_length must be an int, got str$"):
+        Template("{text}", tokenizer, V, max_length="8")
+    with pytest.raises(ValueError, match="^Template: vocab_size must be above every id of the tokenizer, got 6 and 7$"):
+        Template("<P>{text}", tokenizer, 6).encode(text="film it bad")
+    with pytest.raises(ValueError, match="^Template: vocab_size must be above every id of the tokenizer, got 1 and 1$"):
+        Template("[MASK]", tokenizer, 1)
+    with pytest.raises(
+        ValueError, match=r"^Template: texts must leave \[MASK\] to the form, got 'it \[MASK\]' for 'a'$"
+    ):
+        Template("{a}[MASK]", tokenizer, V).encode(a="it [MASK]")
+    with pytest.raises(ValueError, match=r"^Template.mask_positions: form must hold \[MASK\], got '<P>{text}'$"):
+        template.mask_positions(torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="^Template.mask_positions: input_ids must have 2 dim"):
+        Template("[MASK]", tokenizer, V).mask_positions(torch.zeros(3, dtype=torch.int64))

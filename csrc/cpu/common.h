@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "../dtype.h"
 #include "ops.h"
 
 // The same loop compiled for three instruction sets, of which the loader picks one. That needs ifunc, hence glibc, and clones of
@@ -21,8 +22,6 @@
 #define PEFT_OPS_INLINE inline __attribute__((always_inline))
 
 namespace peft_ops {
-
-enum class Dtype { F32, F16, BF16 };
 
 struct BF16 {
   uint16_t bits;
@@ -65,10 +64,6 @@ void to_float(Dtype dtype, const void* from, float* to, int64_t n);
 void from_float(Dtype dtype, const float* from, void* to, int64_t n);
 void fill_nan(Dtype dtype, void* to, int64_t n);
 
-inline int64_t item_size(Dtype dtype) {
-  return dtype == Dtype::F32 ? 4 : 2;
-}
-
 // A tensor whose last dimension is contiguous, seen as rows. The row stride is in bytes.
 struct Rows {
   char* data;
@@ -83,7 +78,18 @@ struct Rows {
 std::string shape_of(const Tensor& t);
 Dtype float_dtype(const char* op, const char* arg, const Tensor& t);
 Rows float_rows(const char* op, const char* arg, const Tensor& t);
-Tensor empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype);
+Rows batch_rows(const char* op, const char* arg, const Tensor& t); // may have more than two dimensions, if contiguous
+Tensor empty(
+    const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype, int32_t device_type, int32_t device_index);
+Tensor contiguous_like(const Tensor& t);
+
+inline Tensor empty(
+    std::initializer_list<int64_t> sizes,
+    torch::headeronly::ScalarType dtype,
+    int32_t device_type = aoti_torch_device_type_cpu(),
+    int32_t device_index = 0) {
+  return empty(sizes.begin(), sizes.size(), dtype, device_type, device_index);
+}
 
 // int32 or int64 ids in flattened order
 struct Ids {
@@ -99,7 +105,5 @@ struct Ids {
 };
 
 Ids int_ids(const char* op, const char* arg, const Tensor& t);
-
-constexpr int64_t kBase = -1, kBad = -2; // what a checked id says beside a task
 
 } // namespace peft_ops

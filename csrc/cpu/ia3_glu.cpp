@@ -96,11 +96,11 @@ Tensor ia3_glu(
     const std::optional<std::string>& activation) {
   const char* op = "ia3_glu";
   const RowKernels& kernels = find_kernels(op, activation, kKernels);
-  Rows gate = float_rows(op, "gate", gate_in), up = check_like(op, "up", up_in, "gate", gate);
+  Rows gate = batch_rows(op, "gate", gate_in), up = check_like(op, "up", up_in, "gate", gate);
   Rows l = check_table(op, "gate", ia3_l, gate.cols);
   Groups groups = check_groups(op, "gate", task_ids, l.rows, gate.rows);
   int64_t N = gate.cols, row_bytes = N * item_size(gate.dtype);
-  Tensor out = empty({gate.rows, N}, gate_in.scalar_type());
+  Tensor out = contiguous_like(gate_in);
   char* h = static_cast<char*>(out.data_ptr());
   for_rows(l, groups, gate.rows, N, [&](int64_t m, int64_t t, Scales& scales) {
     kernels.forward(gate.dtype, gate.row(m), up.row(m), scales.get(t, 0, N), h + m * row_bytes, N);
@@ -119,11 +119,11 @@ std::tuple<Tensor, Tensor, Tensor> ia3_glu_backward(
     bool need_dl) {
   const char* op = "ia3_glu_backward";
   const RowKernels& kernels = find_kernels(op, activation, kKernels);
-  Rows gate = float_rows(op, "gate", gate_in), up = check_like(op, "up", up_in, "gate", gate);
+  Rows gate = batch_rows(op, "gate", gate_in), up = check_like(op, "up", up_in, "gate", gate);
   Rows dh = check_like(op, "dh", dh_in, "gate", gate), l = check_table(op, "gate", ia3_l, gate.cols);
   Groups groups = check_groups(op, "gate", task_ids, l.rows, gate.rows);
   int64_t N = gate.cols, size = item_size(gate.dtype);
-  auto out = [&] { return need_dx ? empty({gate.rows, N}, gate_in.scalar_type()) : empty({0}, gate_in.scalar_type()); };
+  auto out = [&] { return need_dx ? contiguous_like(gate_in) : empty({0}, gate_in.scalar_type()); };
   Tensor dgate_out = out(), dup_out = out();
   if (!need_dx && !need_dl)
     return {dgate_out, dup_out, empty({0}, torch::headeronly::ScalarType::Float)};

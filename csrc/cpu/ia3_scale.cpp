@@ -84,8 +84,8 @@ constexpr RowKernels row_kernels(bool identity = false) {
 constexpr RowKernels kKernels[] = {
     row_kernels<Identity, BF16>(true), row_kernels<Relu>(), row_kernels<Silu>(), row_kernels<Gelu>(), row_kernels<GeluTanh>()};
 
-Tensor scale_rows(const Rows& x, const Rows& l, const Groups& groups, const RowKernels& kernels, torch::headeronly::ScalarType dtype) {
-  Tensor out = empty({x.rows, x.cols}, dtype);
+Tensor scale_rows(const Rows& x, const Rows& l, const Groups& groups, const RowKernels& kernels, const Tensor& like) {
+  Tensor out = contiguous_like(like);
   char* y_ptr = static_cast<char*>(out.data_ptr());
   int64_t N = x.cols, row_bytes = N * item_size(x.dtype);
   for_rows(l, groups, x.rows, N, [&](int64_t m, int64_t t, Scales& scales) {
@@ -109,8 +109,8 @@ Tensor ia3_scale(
     const std::optional<std::string>& activation) {
   const char* op = "ia3_scale";
   const RowKernels& kernels = find_kernels(op, activation, kKernels);
-  Rows rows = float_rows(op, "x", x), l = check_table(op, "x", ia3_l, rows.cols);
-  return scale_rows(rows, l, check_groups(op, "x", task_ids, l.rows, rows.rows), kernels, x.scalar_type());
+  Rows rows = batch_rows(op, "x", x), l = check_table(op, "x", ia3_l, rows.cols);
+  return scale_rows(rows, l, check_groups(op, "x", task_ids, l.rows, rows.rows), kernels, x);
 }
 
 std::tuple<Tensor, Tensor> ia3_scale_backward(
@@ -124,13 +124,13 @@ std::tuple<Tensor, Tensor> ia3_scale_backward(
   const char* op = "ia3_scale_backward";
   using torch::headeronly::ScalarType;
   const RowKernels& kernels = find_kernels(op, activation, kKernels);
-  Rows in = float_rows(op, "z", z), grad = check_like(op, "dy", dy, "z", in), l = check_table(op, "z", ia3_l, in.cols);
+  Rows in = batch_rows(op, "z", z), grad = check_like(op, "dy", dy, "z", in), l = check_table(op, "z", ia3_l, in.cols);
   Groups groups = check_groups(op, "z", task_ids, l.rows, in.rows);
   if (!need_dl && (kernels.identity || !need_dz)) // dz = dy * l does not read z
-    return {need_dz ? scale_rows(grad, l, groups, kernels, z.scalar_type()) : empty({0}, z.scalar_type()), empty({0}, ScalarType::Float)};
+    return {need_dz ? scale_rows(grad, l, groups, kernels, z) : empty({0}, z.scalar_type()), empty({0}, ScalarType::Float)};
 
   int64_t N = in.cols, size = item_size(in.dtype);
-  Tensor dz_out = need_dz ? empty({in.rows, N}, z.scalar_type()) : empty({0}, z.scalar_type());
+  Tensor dz_out = need_dz ? contiguous_like(z) : empty({0}, z.scalar_type());
   char* dz_ptr = static_cast<char*>(dz_out.data_ptr());
   Tensor dl_out = sum_by_task(l, groups, in.rows, N, need_dl, [&](const Part& part) {
     alignas(64) float scratch[kBlock];

@@ -53,8 +53,38 @@ Tensor prompt_concat(
     const Tensor& tokens,
     const std::optional<Tensor>& embedding,
     const Tensor& prompts,
-    const Tensor& layout);
+    const Tensor& layout,
+    double scale,
+    const std::optional<Tensor>& types,
+    const std::optional<Tensor>& type_embedding,
+    const std::optional<Tensor>& positions,
+    const std::optional<Tensor>& position_embedding);
 
 Tensor prompt_concat_backward(const Tensor& dout, const Tensor& layout, int64_t num_tasks, int64_t P);
+
+Tensor prompt_concat_packed(
+    const Tensor& tokens,
+    const std::optional<Tensor>& embedding,
+    const Tensor& prompts,
+    const Tensor& layout,
+    const Tensor& cu_seqlens,
+    int64_t num_rows);
+
+Tensor prompt_concat_packed_backward(
+    const Tensor& dout, const Tensor& layout, const Tensor& cu_seqlens, int64_t num_tasks, int64_t P);
+
+std::tuple<Tensor, Tensor> prompt_embed(
+    const Tensor& input_ids,
+    const Tensor& embedding,
+    const Tensor& prompts,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<Tensor>& prompt_lengths,
+    double scale,
+    const std::optional<Tensor>& types,
+    const std::optional<Tensor>& type_embedding,
+    const std::optional<Tensor>& positions,
+    const std::optional<Tensor>& position_embedding);
+
+Tensor prompt_embed_backward(const Tensor& dout, const Tensor& rows, int64_t num_tasks, int64_t P);
 
 } // namespace peft_ops

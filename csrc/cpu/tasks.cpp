@@ -71,7 +71,7 @@ Groups check_groups(const char* op, const char* arg, const std::optional<Tensor>
 }
 
 Rows check_like(const char* op, const char* arg, const Tensor& t, const char* like_arg, const Rows& like) {
-  Rows rows = float_rows(op, arg, t);
+  Rows rows = batch_rows(op, arg, t);
   STD_TORCH_CHECK(
       rows.rows == like.rows && rows.cols == like.cols,
       op, ": ", arg, " must have ", like_arg, "'s shape [", like.rows, ", ", like.cols, "], got ", shape_of(t));

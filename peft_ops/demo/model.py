@@ -1,6 +1,6 @@
 """A frozen encoder that any number of (IA)^3 and P-Tuning adapters share, and one small classifier per task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -196,9 +196,8 @@ def load_backbone(path: str, device: torch.device) -> nn.Module:
     return backbone.eval().to(device)
 
 
-def load(path: str, device: torch.device) -> tuple[Encoder, Tokens]:
-    """A local folder or the id of a model on the hub."""
-    from transformers import AutoTokenizer
+def read_pretrained(path: str, read: Callable):
+    """What `read` makes of a local folder or the id of a model on the hub; DemoError where nothing can be read."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -206,13 +205,21 @@ def load(path: str, device: torch.device) -> tuple[Encoder, Tokens]:
     if not Path(path).is_dir() and (path[:1] in "./~" or path.count("/") > 1):
         raise DemoError(f"--model: {path}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right")
-        backbone = load_backbone(path, device)
+        return read()
     except DemoError:
         raise
     except Exception as error:  # a damaged file raises whatever its reader raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DemoError(f"--model: {path}: cannot be loaded: {reason[0]}") from None
+
+
+def load(path: str, device: torch.device) -> tuple[Encoder, Tokens]:
+    """A local folder or the id of a model on the hub."""
+    from transformers import AutoTokenizer
+
+    tokenizer, backbone = read_pretrained(
+        path, lambda: (AutoTokenizer.from_pretrained(path, padding_side="right"), load_backbone(path, device))
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Encoder(backbone), Tokens(tokenizer)

@@ -192,3 +192,118 @@ def run_colour(name: str) -> str:
     if name.startswith("PEFT"):
         return PEFT_COLOUR
     return COLOURS["ia3" if METHODS["ia3"] in name else "ptuning"]
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def wordings_table(relations: list[dict]) -> str:
+    rows = []
+    for relation in relations:
+        for i, one in enumerate(one for pair in relation["pairs"] for one in pair):
+            told = "" if one["told_of"] is None else str(one["told_of"])
+            rows.append([one["wording"], relation["name"] if i == 0 else "", told, percent(one["accuracy"])])
+    return table(["hand-written template", "asks for", "told of", "held-out accuracy, %"], rows)
+
+
+def summary_table(relations: list[dict]) -> str:
+    columns = {
+        "best wording": "best",
+        "worst": "worst",
+        "spread": "spread",
+        "one word, up to": "one_word",
+        "P-Tuning": "p_tuning",
+        "chance": "chance",
+        "control": "control",
+        "its chance": "control_chance",
+        "as told": "as_told",
+    }
+    rows = [[relation["name"], *(percent(relation[key]) for key in columns.values())] for relation in relations]
+    return table(["held-out accuracy, %", *columns], rows)
+
+
+def templates_text(results: dict) -> str:
+    relations, served = results["relations"], results["served"]
+    return f"""
+{wordings_table(relations)}
+
+{summary_table(relations)}
+(right: first of the whole vocabulary. Told of: the text says it so of as many towns, none of which is asked for here.
+Chance: the commonest answer. Control: the same P-Tuning on facts that the model cannot know. As told: in the sentences
+that the text has of these very facts)
+
+encoders dropped: {served["trained"]:,} parameters of a task become {served["kept"]:,}
+{served["tasks"]} tasks, {served["rows"]} rows in one batch: largest difference to each task alone \
+{served["difference_to_single"]:.1e}, to the encoders {served["difference_to_encoders"]:.1e}
+"""
+
+
+def finding(relations: list[dict]) -> str:
+    """What was measured, as a title."""
+    word, spread = (percent(max(relation[key] for relation in relations)) for key in ("one_word", "spread"))
+    where = (
+        "at or above" if all(relation["p_tuning"] >= relation["best"] for relation in relations) else "not always at"
+    )
+    return (
+        f"One word moves a hand-written template by up to {word} points, the choice of six by up to {spread};\n"
+        f"P-Tuning is {where} the best of the six"
+    )
+
+
+def draw_templates(path: Path, results: dict) -> None:
+    """A row per pair of wordings, a panel per relation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    relations = results["relations"]
+    figure, panels = plt.subplots(len(relations), 1, figsize=(10.5, 2.2 * len(relations) + 0.9), layout="constrained")
+    for axes, relation in zip(panels, relations, strict=True):
+        draw_relation(axes, relation)
+    panels[0].legend(ncols=3, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
+    panels[-1].set_xlabel("held-out accuracy, %: the answer is first of the whole vocabulary", fontsize=9)
+    figure.suptitle(f"{finding(relations)} ({results['model']})", fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_relation(axes, relation: dict) -> None:
+    labels = [both_wordings(*(one["wording"] for one in pair)) for pair in relation["pairs"]]
+    labels += [f"P-Tuning, {relation['train']} other subjects", "control: the same, unknown facts"]
+    values = [[100 * one["accuracy"] for one in pair] for pair in relation["pairs"]]
+    firsts, seconds = zip(*values, strict=True)
+    rows = range(len(values))
+    axes.hlines(rows, firsts, seconds, colors=PEFT_COLOUR, linewidth=3, zorder=1)
+    axes.scatter(firsts, rows, s=75, color=COLOURS["ia3"], zorder=2, label="first of the two words")
+    axes.scatter(seconds, rows, s=28, facecolors="white", edgecolors="#4a5560", zorder=3, label="second")
+    tuned, control = 100 * relation["p_tuning"], 100 * relation["control"]
+    axes.scatter([tuned], [len(values)], marker="D", color=COLOURS["ptuning"], zorder=2)
+    axes.scatter([control], [len(values) + 1], marker="D", facecolors="white", edgecolors=COLOURS["ptuning"], zorder=2)
+    bottom = len(values) + 0.5
+    for key, low, high, label in (("chance", -0.5, bottom, "chance"), ("control_chance", bottom, bottom + 1, None)):
+        line = {"colors": "black", "linestyles": "dashed", "linewidth": 1, "zorder": 0}
+        axes.vlines(100 * relation[key], low, high, **line, label=label)
+    numbers = [" | ".join(percent(one["accuracy"]) for one in pair) + told_text(pair) for pair in relation["pairs"]]
+    numbers += [percent(relation["p_tuning"]), percent(relation["control"])]
+    for row, text in enumerate(numbers):
+        axes.text(104, row, text, va="center", fontsize=8.5)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlim(-2, 102)
+    axes.grid(axis="x", color="#e4e8ec", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(f"{relation['name']}, {relation['held_out']} held-out subjects", fontsize=9.5, loc="right")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def told_text(pair: list[dict]) -> str:
+    counts = [one["told_of"] for one in pair]
+    return "" if None in counts else f"   (told of {counts[0]} | {counts[1]})"
+
+
+def both_wordings(first: str, second: str) -> str:
+    """[X] lies in | within [Y], of two templates that differ in a word."""
+    pairs = zip(first.removesuffix(" .").split(), second.removesuffix(" .").split(), strict=True)
+    return " ".join(a if a == b else f"{a} | {b}" for a, b in pairs)

@@ -1,1 +1,1 @@
-"""peft_ops inside other libraries' models and files."""
+"""What others save and run: PEFT's models and folders, the (IA)^3 authors' checkpoints."""

@@ -1,16 +1,17 @@
 """One call of an accelerated model: which adapter each row of its batch belongs to, and where its layers read it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from peft_ops.nn.task_bank import Held
 from peft_ops.nn.tasks import TaskBatch
 from peft_ops.reference import TaskPlan
-
-BASE = "__base__"  # PEFT's name for rows of the base model
 
 
 class Shared:
@@ -20,13 +21,14 @@ class Shared:
         level: "auto" or "module".
         bank: a TaskBank, or None.
         configs: the adapters' configs that the model had when its modules were last looked at.
-        last_mixed: the last forward with gradients had adapter names; a recomputation without any is then a mistake.
+        disabled: inside disable_adapter(): every row is the base model's, a bank's too.
+        mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.last_mixed = False
+        self.mixed = self.disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -41,61 +43,92 @@ class Call:
         shared: of the model that is called; another model called meanwhile does not see it.
         rows: one adapter name per row, None for the base model; empty for a call without names, where PEFT's switches
             say what is active.
-        exact: layers see one row per name. Otherwise (generation) a multiple: beams, or sequences to return.
-        slots: for adapters that a TaskBank serves, the slot of each name.
+        repeats: layers see one row per name, or this many in a row: beams, or sequences to return.
+        held: where a TaskBank has the adapters that it serves.
+
+    Attributes:
+        input_ids: what the model is called with, if it is ids; a model of texts and images tells by them which row an
+            image belongs to.
     """
 
-    def __init__(self, shared: Shared, rows=(), exact: bool = True, slots: dict[str, int] | None = None):
-        self.shared, self.rows, self.exact, self.slots = shared, tuple(rows), exact, slots or {}
+    def __init__(
+        self,
+        shared: Shared,
+        rows: Sequence[str | None] = (),
+        repeats: int = 1,
+        held: Mapping[str, Held] = MappingProxyType({}),
+    ):
+        self.shared, self.rows, self.repeats, self.held = shared, tuple(rows), repeats, held
         self.steps: dict[nn.Module, tuple] = {}
         self.names = tuple(dict.fromkeys(name for name in rows if name is not None))
+        self.input_ids: Tensor | None = None
+        self.is_mixed = len(set(rows)) > 1
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
+        self._sources: list[tuple[Tensor, int]] = []
 
     def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
         """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
         no vector of a name."""
         self.check_rows(x, layer)
-        key = getattr(layer, "_peft_ops_key", None)
-        if self.uses_bank(layer):
-            return self.shared.bank.table(key), self._batch(x.device, of_bank=True).for_rows(x)  # no copy of a vector
-        return self._table(layer, key, vectors, features, x.device), self._batch(x.device).for_rows(x)
+        key, of_bank = getattr(layer, "_peft_ops_key", None), self.uses_bank(layer)
+        if of_bank:  # no copy of a vector
+            table = self.shared.bank.table(key)
+        else:
+            table = self._table(layer, key, vectors, features, x.device)
+        if self._sees_rows(x):
+            return table, self._batch(x.device, of_bank).for_rows(x)
+        return (table[(slot := self.held[self.names[0]].slot) : slot + 1] if of_bank else table), None
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
-        known = bool(self.names) and self.slots.keys() >= set(self.names)
+        known = bool(self.names) and self.held.keys() >= set(self.names)
         return known and getattr(layer, "_peft_ops_key", None) in self.shared.bank.widths
 
+    def renew(self) -> None:
+        """Drop what was made from vectors that have been written since: a call may outlive a step of an optimizer."""
+        if any(vector._version != count for vector, count in self._sources):
+            self.forget()
+
+    def forget(self) -> None:
+        for kept in (self.steps, self._tables, self._sources):
+            kept.clear()
+
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
-        if (device, of_bank) not in self._batches:
-            index = self.slots if of_bank else {name: i for i, name in enumerate(self.names)}
+        key = device, of_bank, torch.is_inference_mode_enabled()  # autograd takes no tensor that was made in that mode
+        if key not in self._batches:
+            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
             tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
-            self._batches[device, of_bank] = TaskBatch(tasks, ids)
-        return self._batches[device, of_bank]
+            self._batches[key] = TaskBatch(tasks, ids)
+        return self._batches[key]
 
     def _table(self, layer: nn.Module, key: str | None, vectors, features: int, device: torch.device) -> Tensor:
         # kept for the rest of the call where nothing needs a gradient: activation checkpointing runs without gradients
         # first, and must not find that table when it runs again with them
         keep = not torch.is_grad_enabled()
-        if keep and layer in self._tables:
+        if not keep:  # an optimizer may write before the next call
+            self.forget()
+        if layer in self._tables:
             return self._tables[layer]
-        rows = [vectors[name].flatten() if name in vectors else self._of_bank(key, name) for name in self.names]
+        rows = [vectors[name].flatten() if name in vectors else self.of_bank(key, name) for name in self.names]
         dtypes = {row.dtype for row in rows if row is not None}
         if len(rows) == 1 and dtypes:
             table = rows[0].unsqueeze(0)
         else:
-            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            dtype = reduce(torch.promote_types, dtypes) if dtypes else torch.float32
             ones = torch.ones(features, dtype=dtype, device=device)
             table = torch.stack([ones if row is None else row.to(dtype) for row in rows] or [ones])
         if keep:
             self._tables[layer] = table
+            self._sources += [(row, row._version) for row in rows if row is not None and not row.is_inference()]
         return table
 
-    def _of_bank(self, key: str | None, name: str) -> Tensor | None:
+    def of_bank(self, key: str | None, name: str | None) -> Tensor | None:
+        """The bank's vector of a name, None where it has none for this layer."""
         bank = self.shared.bank
-        return bank.table(key)[self.slots[name]] if name in self.slots and key in bank.widths else None
+        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
@@ -104,13 +137,32 @@ class Call:
 
     def check_rows(self, x: Tensor, layer: nn.Module) -> None:
         """Refuse an input whose first dimension is not the batch: ids that divide it by chance would mix tenants."""
-        B, rows = len(self.rows), x.shape[0]
-        if rows != B and (self.exact or rows % B or x.dim() < 3):
+        if not self.is_mixed:
+            return
+        sees, tokens = getattr(layer, "_peft_ops_sees", (None, ()))
+        if sees is not None and not self._one_in_each_row(tokens):
+            raise ValueError(
+                f"adapter_names: {layer._peft_ops_key} sees {sees} where other layers see rows of the batch: all rows "
+                f"must name one adapter, got {len(set(self.rows))}"
+            )
+        if not self._sees_rows(x):
+            B = len(self.rows)
             raise ValueError(
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
-                f"{'' if self.exact else ' or, in 3 dimensions, a multiple'}, got {list(x.shape)} in "
+                f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
                 f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}"
             )
+
+    def _sees_rows(self, x: Tensor) -> bool:
+        B, rows = len(self.rows), x.shape[0]
+        return rows == B or (rows == B * self.repeats and x.dim() >= 3)
+
+    def _one_in_each_row(self, tokens: tuple[int, ...]) -> bool:
+        """As many images as rows are one in each row if no row lacks an image; sounds likewise."""
+        if self.input_ids is None or not tokens:
+            return False
+        kinds = [(self.input_ids == token).any(1) for token in tokens]
+        return any(map(torch.any, kinds)) and all(kind.all() or not kind.any() for kind in kinds)
 
     def by_row(self, x: Tensor, layer: nn.Module, names: Sequence[str | None], fn: Callable[[str | None], Tensor]):
         """Row b of fn(names[i]) where b belongs to names[i]; each is computed for the whole batch, so that a row's
@@ -124,7 +176,7 @@ class Call:
     def masks(self, x: Tensor, layer: nn.Module, names: Sequence[str | None]) -> list[Tensor]:
         """For each name, bool [x.shape[0]]: which rows are its."""
         self.check_rows(x, layer)
-        key = x.shape[0], x.device, tuple(names)
+        key = x.shape[0], x.device, tuple(names), torch.is_inference_mode_enabled()
         if key not in self._masks:
             self._masks[key] = [
                 torch.tensor([row == name for row in self.rows], device=x.device).repeat_interleave(
@@ -144,7 +196,7 @@ def call_of(shared: Shared) -> Call | None:
     call = _current.get()
     if call is not None and call.shared is shared:
         return call if call.rows else None
-    if shared.last_mixed and _graph_task() != -1:
+    if shared.mixed and _graph_task() != -1:
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"
@@ -168,11 +220,23 @@ def step_of(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor] | None:
     return step
 
 
+def forget_steps(shared: Shared) -> None:
+    """A switch of PEFT's was turned in the middle of a call: a callback of generate() that disables adapters, say."""
+    call = _current.get()
+    if call is not None and call.shared is shared:
+        call.forget()
+
+
 @contextmanager
 def calling(call: Call | None) -> Iterator[None]:
     token = _current.set(call)
     try:
         yield
+        if _current.get() is not call:
+            raise RuntimeError(
+                "using_adapters: blocks must be left in the reverse order in which they were entered; generators that "
+                "take turns must each enter theirs anew for every step"
+            )
     finally:
         _current.reset(token)
 

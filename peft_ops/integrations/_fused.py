@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from peft_ops._backend import use_triton
 from peft_ops.integrations._calls import call_of, step_of
-from peft_ops.integrations._layers import MixedLinear, why_not_exact
+from peft_ops.integrations._layers import MixedLinear, linear_of, why_not_exact
 from peft_ops.integrations._swap import Swapped
 from peft_ops.nn.adapters import writes
-from peft_ops.ops.ia3_glu import glu_known, ia3_glu_linear
+from peft_ops.ops.ia3_glu import glu_by, ia3_glu_linear
 from peft_ops.ops.ia3_kv_linear import ia3_kv_linear
 from peft_ops.ops.ia3_linear import ia3_linear
-from peft_ops.ops.ia3_scale import scale_known
+from peft_ops.ops.ia3_scale import scale_by
 
 # transformers' and torch's activation modules that an operator has
 ACTIVATIONS = {
@@ -85,14 +85,19 @@ OUTPUT = (
 )
 
 
-@cache
 def code_of(cls: type, method: str = "forward") -> str | None:
     """The body of a method as text, without docstring and annotations, its first argument named x up to the first
     statement that binds it anew; None where there is no source."""
+    return _code_of(getattr(cls, method, None))
+
+
+@cache
+def _code_of(function) -> str | None:
+    if hasattr(function, "__wrapped__"):  # what wraps it computes something else
+        return None
     try:
-        source = inspect.getsource(inspect.unwrap(getattr(cls, method)))
-        function = ast.parse(textwrap.dedent(source)).body[0]
-    except (AttributeError, OSError, TypeError, SyntaxError):
+        function = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
         return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return None
@@ -117,6 +122,12 @@ def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return (layer.weight, layer.bias) if why_not_exact(layer) is None else None
 
 
+def is_touched(module: nn.Module) -> bool:
+    """Something else runs when the module is called, which an operator in its place would leave out."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__
+
+
 def activation_of(act: nn.Module) -> str | None:
     """The operators' name of an activation module."""
     if type(act) is nn.GELU:
@@ -136,8 +147,10 @@ class Parts(NamedTuple):
 
 def why_not_fused(parts: Parts) -> str | None:
     """Why act(gate) * up * l, or act(up) * l, cannot be one operator; None if it can."""
-    if activation_of(parts.act) is None or parts.act._forward_hooks or parts.act._forward_pre_hooks:
+    if activation_of(parts.act) is None:
         return f"activation {type(parts.act).__name__}"
+    if is_touched(parts.act) or is_touched(parts.down):
+        return "has hooks, or its forward is replaced"
     if not isinstance(parts.down, MixedLinear):
         return "no (IA)^3 vector at its end"
     if not parts.down.is_feedforward:
@@ -170,20 +183,24 @@ def prepare_hidden(parts: Parts, x: Tensor) -> Callable[[Tensor], Tensor] | None
     selected = None if x.is_cuda else _selection(parts, x)
     if selected is None:
         return None
-    (table, ids), act, gate, up = selected, activation_of(parts.act), parts.gate, parts.up
+    act, up = activation_of(parts.act), linear_of(parts.up)
+    if parts.gate is None and not parts.packed:
+        scale = scale_by(*selected, act)
+        return lambda x: scale(up(x))
+    glu = glu_by(*selected, act)
     if parts.packed:
-        return lambda x: glu_known(*up(x).chunk(2, dim=-1), table, ids, act)
-    if gate is not None:
-        return lambda x: glu_known(gate(x), up(x), table, ids, act)
-    return lambda x: scale_known(up(x), table, ids, act)
+        return lambda x: glu(*up(x).chunk(2, dim=-1))
+    gate = linear_of(parts.gate)
+    return lambda x: glu(gate(x), up(x))
 
 
 def _selection(parts: Parts, x: Tensor) -> tuple | None:
-    if why_not_fused(parts) is not None or parts.down.needs_peft(x):
+    if why_not_fused(parts) is not None:
         return None
     if x.dtype != weight_of(parts.up)[0].dtype and not torch.is_autocast_enabled(x.device.type):
         return None
-    return parts.down.selection(x)
+    selected = parts.down.selection(x)
+    return None if selected is None or parts.down.needs_peft(x, selected[0]) else selected
 
 
 class MixedMLP(Swapped):
@@ -203,7 +220,7 @@ class MixedMLP(Swapped):
         before = prepare_hidden(parts, x)
         if before is None or form.dropout is not None or form.out_dropout is not None:
             return self.unprepared if before is None else lambda x: self.after(parts, before(x))
-        down = parts.down.base_layer
+        down = linear_of(parts.down.base_layer)
         return lambda x: down(before(x))
 
     def after(self, parts: Parts, h: Tensor) -> Tensor:
@@ -244,7 +261,7 @@ class MixedChunk(Swapped):
         return super().feed_forward_chunk(x) if h is None else self.after(parts, h, x)
 
     def _hooked(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in (self.intermediate, self.output))
+        return is_touched(self.intermediate) or is_touched(self.output)
 
 
 def is_chunk(module: nn.Module) -> bool:
@@ -276,7 +293,7 @@ class PairFirst(MixedLinear):
         if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         mine, others = self.selection(x), second.selection(x)
-        if mine is None or others is None:
+        if mine is None or others is None or self.needs_peft(x, mine[0]) or second.needs_peft(x, others[0]):
             return super().forward(x)
         a, b = self.base_layer, second.base_layer
         y, other = ia3_kv_linear(

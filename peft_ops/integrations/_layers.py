@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_ops.integrations._calls import Call, call_of, step_of
+from peft_ops.integrations._calls import Call, call_of, forget_steps, step_of
 from peft_ops.integrations._swap import Swapped
 from peft_ops.ops.ia3_linear import ia3_linear
-from peft_ops.ops.ia3_scale import ia3_scale, scale_known
+from peft_ops.ops.ia3_scale import ia3_scale, scale_by
 from peft_ops.reference import TaskPlan
 
 ATTRIBUTES = "_peft_ops", "_peft_ops_key"
@@ -29,8 +30,34 @@ def why_not_exact(layer: nn.Module) -> str | None:
     return None
 
 
+_global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)  # private
+
+
+def linear_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What layer(x) computes, past nn.Module's call (2 us hot, 4 between other code) where nobody else would see it."""
+    if why_not_exact(layer) is not None or _global_hooks():
+        return layer
+    weight, bias, own = layer.weight, layer.bias, layer.__dict__
+    hooks, pre_hooks = layer._forward_hooks, layer._forward_pre_hooks  # may get some before the call ends
+    return lambda x: layer(x) if hooks or pre_hooks or "forward" in own else F.linear(x, weight, bias)
+
+
+def _switch(name: str) -> Callable:
+    """A method of PEFT's layers by which what they compute changes."""
+
+    def method(self, *args, **kwargs):
+        forget_steps(self._peft_ops)
+        return getattr(super(MixedLayer, self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
 class MixedLayer(Swapped):
     """What the layers share: the vectors that a call, or PEFT's own switches, select."""
+
+    enable_adapters, set_adapter, delete_adapter = map(_switch, ("enable_adapters", "set_adapter", "delete_adapter"))
+    merge, unmerge = map(_switch, ("merge", "unmerge"))
 
     def _call(self) -> Call | None:
         call = call_of(self._peft_ops)
@@ -73,8 +100,10 @@ class MixedLinear(MixedLayer):
     def _features(self) -> int:
         return self.in_features if self.is_feedforward else self.out_features
 
-    def needs_peft(self, x: Tensor) -> bool:
-        """PEFT's arithmetic differs from the operator's: the vectors are narrower than a feed-forward input."""
+    def needs_peft(self, x: Tensor, table: Tensor) -> bool:
+        """PEFT's arithmetic is not the operator's: the vectors are narrower than a feed-forward input, or fp64."""
+        if table.dtype is torch.float64 and x.dtype is not torch.float64:
+            return True
         call = call_of(self._peft_ops)
         return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
 
@@ -85,12 +114,12 @@ class MixedLinear(MixedLayer):
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         call = call_of(self._peft_ops)
         selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
-        if selected is None or self.needs_peft(x):
+        if selected is None or self.needs_peft(x, selected[0]):
             return self.unprepared
-        (table, ids), base = selected, self.base_layer
+        scale, linear = scale_by(*selected), linear_of(self.base_layer)
         if self.is_feedforward:
-            return lambda x: base(scale_known(x, table, ids))
-        return lambda x: scale_known(base(x), table, ids)
+            return lambda x: linear(scale(x))
+        return lambda x: scale(linear(x))
 
     def unprepared(self, x: Tensor, *args, **kwargs) -> Tensor:
         call = call_of(self._peft_ops)
@@ -99,9 +128,9 @@ class MixedLinear(MixedLayer):
         selected = self.selection(x)
         if selected is None:
             return super().forward(x, *args, **kwargs)  # unmerges, too, as PEFT does where adapters are disabled
-        if self.needs_peft(x):
-            return self._as_peft(x, *args, **kwargs)
         table, ids = selected
+        if self.needs_peft(x, table):
+            return self._as_peft(x, *args, **kwargs)
         base = self.base_layer
         if x.is_cuda and not args and not kwargs and why_not_exact(base) is None:
             return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
@@ -114,14 +143,18 @@ class MixedLinear(MixedLayer):
         if call is None:
             return super().forward(x, *args, **kwargs)
 
-        def scaled(name: str | None) -> Tensor:
-            if name not in self.ia3_l:
-                return x
-            scale = self.ia3_l[name]
-            return (x.to(scale.dtype) * scale.flatten()).to(x.dtype)
+        def scaled(y: Tensor, name: str | None) -> Tensor:
+            vector = self.ia3_l[name] if name in self.ia3_l else call.of_bank(self._peft_ops_key, name)
+            if vector is None:
+                return y
+            scale = vector.flatten()
+            return ((y.to(scale.dtype) if self.is_feedforward else y) * scale).to(y.dtype)
 
         names = list(dict.fromkeys(call.rows))
-        return self.base_layer(call.by_row(x, self, names, scaled), *args, **kwargs)
+        if self.is_feedforward:
+            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)), *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        return call.by_row(y, self, names, lambda name: scaled(y, name))
 
 
 class MixedConv(MixedLayer):
@@ -193,7 +226,7 @@ class MixedHead(Swapped):
 
 
 class BankLinear(Swapped):
-    """An nn.Linear that PEFT left alone and a TaskBank has vectors for."""
+    """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
     def forward(self, x: Tensor) -> Tensor:
         call = call_of(self._peft_ops)
@@ -201,8 +234,7 @@ class BankLinear(Swapped):
             return super().forward(x)
         if call.is_flat(x, self):
             return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        feedforward = self._peft_ops_feedforward
-        table, ids = call.select(self, {}, self.in_features if feedforward else self.out_features, x)
-        if feedforward:
+        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+        if self._peft_ops_feedforward:
             return super().forward(ia3_scale(x, table, ids))
         return ia3_scale(super().forward(x), table, ids)

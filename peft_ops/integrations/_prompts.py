@@ -1,6 +1,8 @@
 """Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
 
 import inspect
+import re
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -27,22 +29,27 @@ def prompt_of(model: nn.Module, name: str) -> Tensor | None:
     return encoder(tokens)[0, :P]
 
 
-def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Prompts [names, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
-    device = model.get_base_model().get_input_embeddings().weight.device
-    found = {}
-    for name in call.names:
-        prompt = prompt_of(model, name)
-        if prompt is None and name in call.slots:
-            prompt = call.shared.bank.prompt(name)
-        if prompt is not None:
-            found[name] = prompt.to(device)
-    if not found:
-        return None
-    index = {name: i for i, name in enumerate(found)}
-    ids = torch.tensor([index.get(name, -1) for name in call.rows], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in found.values()], device=device)
-    return nn.utils.rnn.pad_sequence(list(found.values()), batch_first=True), lengths, ids
+def has_prompts(model: nn.Module, call: Call) -> bool:
+    """Whether any name of the batch has a prompt, in the model or in its bank."""
+    learned = any(name in model.peft_config and model.peft_config[name].is_prompt_learning for name in call.names)
+    return learned or any(held.num_virtual_tokens for held in call.held.values())
+
+
+def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts [tasks, P, E] padded to the longest, their lengths, and the prompt's index of each row, -1 for none."""
+    device, bank = model.get_base_model().get_input_embeddings().weight.device, call.shared.bank
+    slots = {name: held.slot for name, held in call.held.items() if held.num_virtual_tokens}
+    learned = {name: prompt for name in call.names if (prompt := prompt_of(model, name)) is not None}
+    if not learned:  # the bank's own tables
+        table, lengths, index = bank.prompts, bank.prompt_lengths, slots
+    else:
+        prompts = list(learned.values())
+        prompts += [bank.prompts[slot, : call.held[name].num_virtual_tokens] for name, slot in slots.items()]
+        dtype = reduce(torch.promote_types, (prompt.dtype for prompt in prompts))
+        table = nn.utils.rnn.pad_sequence([prompt.to(device, dtype) for prompt in prompts], batch_first=True)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        index = {name: i for i, name in enumerate([*learned, *slots])}
+    return table, lengths, torch.tensor([index.get(name, -1) for name in call.rows], device=device)
 
 
 def with_prompts(
@@ -66,15 +73,26 @@ def with_prompts(
     )  # fmt: skip
 
 
-def positions_of(base: nn.Module, batch: PromptBatch) -> Tensor | None:
-    """position_ids as the model's forward takes them: RoBERTa and its kin count from padding_idx + 1."""
+def positions_of(base: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """position_ids that count real tokens, if the model's forward takes any: RoBERTa and its kin count from
+    padding_idx + 1; T5's are relative, and Bloom's come from the mask."""
     if "position_ids" not in inspect.signature(base.forward).parameters:
-        return None  # T5's are relative, Bloom's come from the mask
+        return {}
+    real = mask != 0
+    positions = torch.where(real, real.cumsum(1) - 1, 0)
     for name, module in base.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            pad = module.padding_idx
-            return torch.where(batch.attention_mask != 0, batch.position_ids + pad + 1, pad)
-    return batch.position_ids
+            return {"position_ids": torch.where(real, positions + module.padding_idx + 1, module.padding_idx)}
+    return {"position_ids": positions}
+
+
+def without_prompts(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
+    mask, bank = kwargs.get("attention_mask"), call.shared.bank
+    some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
+    if not some or _counts_in_3d(model) or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
+        return kwargs
+    return kwargs | positions_of(model.get_base_model(), mask)
 
 
 def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
@@ -82,16 +100,13 @@ def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:
     return torch.where(token_map >= 0, values.gather(1, token_map.clamp(min=0)), fill)
 
 
-def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict | None:
-    """The base model's arguments with the prompts in them; None where no row of the batch has one.
+def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
+    """The base model's arguments with the prompts in them.
 
     Spare slots of shorter prompts stand at the front for a decoder, so that token s of every row is at P + s, and at
     the back for an encoder, whose first slot is what a classifier reads.
     """
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base = model.get_base_model()
+    prompts, base = prompts_of(model, call), model.get_base_model()
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     for name in ("start_positions", "end_positions", "past_key_values"):
         if name in kwargs:
@@ -101,17 +116,26 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict | None:
     if ids is None and embeds is None:
         raise ValueError("adapter_names: input_ids or inputs_embeds must be given with prompt adapters, got neither")
     labels = kwargs.get("labels")
+    _refuse_images(base, kwargs)
     decoder_only = not base.config.is_encoder_decoder
     per_token = labels is not None and decoder_only and labels.shape == (ids if embeds is None else embeds).shape[:2]
     left, mask = decoder_only and is_decoder(base), kwargs.get("attention_mask")
+    if left and mask is not None and type(base).__name__.endswith("ForSequenceClassification"):
+        # given embeddings, it reads the last slot of every row: pads go to the front
+        order = (mask != 0).long().argsort(dim=1, stable=True)
+        tokens = {"token_type_ids": kwargs.get("token_type_ids"), "attention_mask": mask}
+        kwargs |= {name: value.gather(1, order) for name, value in tokens.items() if value is not None}
+        mask, ids = kwargs["attention_mask"], None if ids is None else ids.gather(1, order)
+        embeds = None if embeds is None else embeds.gather(1, order[..., None].expand_as(embeds))
     batch = with_prompts(model, prompts, left, ids, embeds, mask, labels if per_token else None)
     kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
     if per_token:
-        kwargs["labels"] = batch.labels
+        # the shift of a decoder's loss drops the first slot, which was a base row's first token: nothing predicts it
+        first = (batch.position_ids == 0) & (batch.attention_mask != 0)
+        kwargs["labels"] = batch.labels.masked_fill(first, -100) if left else batch.labels
     if "token_type_ids" in kwargs:
         kwargs["token_type_ids"] = follow(kwargs["token_type_ids"], batch.token_map, 0)
-    positions = positions_of(base, batch)
-    return kwargs if positions is None else kwargs | {"position_ids": positions}
+    return kwargs | positions_of(base, batch.attention_mask)
 
 
 def is_decoder(base: nn.Module) -> bool:
@@ -123,16 +147,42 @@ def is_decoder(base: nn.Module) -> bool:
     return causal or getattr(base.config, "is_decoder", False)
 
 
-def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict | None:
+def _refuse_images(base: nn.Module, kwargs: dict) -> None:
+    given = next((k for k, v in kwargs.items() if v is not None and re.search(r"pixel_values|grid_thw", k)), None)
+    if given is not None and _counts_in_3d(base):
+        raise ValueError(
+            f"adapter_names: {given} must not be given together with prompt adapters to a {type(base).__name__}, whose "
+            f"positions of images come from input_ids"
+        )
+
+
+def _counts_in_3d(base: nn.Module) -> bool:
+    """Positions of text and images are of time, height and width (Qwen2-VL)."""
+    return any(hasattr(module, "get_rope_index") for module in base.modules())
+
+
+def _length(past) -> int:
+    return past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+
+
+# of the text alone, or made by a model that would not see the prompts
+GENERATE_REFUSES = (
+    "past_key_values", "position_ids", "token_type_ids", "assistant_model", "prompt_lookup_num_tokens",
+    "prefill_chunk_size",
+)  # fmt: skip
+
+
+def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
     """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
-    prompts = prompts_of(model, call)
-    if prompts is None:
-        return None
-    base, kwargs = model.get_base_model(), dict(kwargs)
+    prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
     if args:
         kwargs["input_ids"], *rest = args
         if rest:
             raise TypeError("adapter_names: generate() with prompt adapters takes keyword arguments")
+    for name in GENERATE_REFUSES:
+        if kwargs.get(name) is not None and (name != "past_key_values" or _length(kwargs[name])):
+            raise ValueError(f"adapter_names: generate() with prompt adapters must not be given {name}")
+    _refuse_images(base, kwargs)
     ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")

@@ -1,6 +1,7 @@
 """`adapter_names` for (IA)^3 and prompt adapters in PEFT models: every row of a batch with its own."""
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -9,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _layers
-from peft_ops.integrations._calls import BASE, Call, Shared, calling, current_call
-from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs
+from peft_ops.integrations._calls import Call, Shared, calling, current_call
+from peft_ops.integrations._prompts import KINDS, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
+from peft_ops.nn.task_bank import BASE
 
 OLDEST = "0.19"
+SEQUENCE_FIRST = (  # [S, B, K]
+    "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer",
+    "modeling_longformer.LongformerSelfAttention", "modeling_led.LEDEncoderSelfAttention",
+)  # fmt: skip
+TOWERS = {  # of models that put what they make of images between the embeddings of a text
+    "vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model", "visual", "multi_modal_projector",
+    "connector", "aligner", "image_embed", "audio_embed",
+}  # fmt: skip
 FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
 
 
@@ -51,8 +61,17 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     _check_kinds(model)
     if isinstance(model, Swapped):
         restore(model)
+    taken = next((name for name, m in model.get_base_model().named_modules() if isinstance(m, Swapped)), None)
+    if taken is not None:
+        raise ValueError(f"accelerate: the base model must not be another accelerated model's; restore() that: {taken}")
     swap(model, MixedModel, _peft_ops=Shared(level, bank))
-    _swap_layers(model)
+    try:
+        _swap_layers(model)
+    except ValueError:
+        restore(model)
+        raise
+    for module in {model.base_model, model.get_base_model()}:
+        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     return model
 
 
@@ -65,12 +84,22 @@ def restore(model: nn.Module) -> nn.Module:
         func = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(func, _Checkpoint):
             module._gradient_checkpointing_func = func.func
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _refuse_names]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     return model
+
+
+def _refuse_names(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if kwargs.get("adapter_names") is not None:  # which transformers' models would take, and ignore
+        raise ValueError(
+            f"adapter_names must be given to the PeftModel that accelerate() took, got them in a call of its "
+            f"{type(module).__name__}"
+        )
 
 
 _ATTRIBUTES = (
     "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second", "_peft_ops_kept",
-    "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward",
+    "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward", "_peft_ops_sees",
 )  # fmt: skip
 
 
@@ -82,11 +111,11 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
     """
     shared = _shared_of(model)
     with ExitStack() as stack:
-        call = _call(model, adapter_names, None, exact=False, stack=stack)
-        if any(_kind(model, name) in KINDS for name in call.names):
+        call = _call(model, adapter_names, None, 1, stack)
+        if has_prompts(model, call):
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
-        shared.last_mixed = torch.is_grad_enabled()
+        shared.mixed |= torch.is_grad_enabled()
         yield
 
 
@@ -221,9 +250,12 @@ def _swap_layers(model: nn.Module) -> None:
         mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
         if mixin is not None:
             swap(module, mixin, _peft_ops=shared, _peft_ops_key=name)
-        elif shared.bank is not None and name in shared.bank.widths and type(module) is nn.Linear:
-            feedforward = name in shared.bank.feedforward
+        elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
+            feedforward = _scales_input(module, name, shared.bank)
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
+    if shared.bank is not None:
+        _check_bank(base, shared.bank)
+    _say_what_layers_see(base)
     for module in base.modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
@@ -231,6 +263,68 @@ def _swap_layers(model: nn.Module) -> None:
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
             _swap_fused(module, shared)
+
+
+def _say_what_layers_see(base: nn.Module) -> None:
+    """Where the first dimension of a layer's input is not the batch, but may be as long by chance."""
+    for module in base.modules():
+        if f"{type(module).__module__.rpartition('.')[2]}.{type(module).__name__}" in SEQUENCE_FIRST:
+            for part in module.modules():
+                if isinstance(part, Swapped):
+                    part._peft_ops_sees = "positions of the text", ()
+    config = vars(getattr(base, "config", object)).items()
+    tokens = tuple(value for name, value in config if re.fullmatch(r"(image|video|audio)_token_(id|index)", name))
+    for name, module in base.named_modules():
+        if isinstance(module, Swapped):
+            if "experts" in (parts := name.split(".")):
+                module._peft_ops_sees = "tokens that were routed to it", ()
+            elif tokens and not TOWERS.isdisjoint(parts):
+                module._peft_ops_sees = "images or sounds", tokens
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
+    if isinstance(module, (nn.Linear, _layers.MixedLinear)):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return module.nx, module.nf
+    return None
+
+
+def _scales_input(module: nn.Module, name: str, bank) -> bool:
+    width, sizes = bank.widths[name], _features(module)
+    if bank.feedforward is not None:
+        return name in bank.feedforward
+    if width not in sizes or sizes[0] == sizes[1]:
+        raise ValueError(
+            f"accelerate: bank must say with TaskBank(feedforward=[...]) whether {width} features scale the input or "
+            f"the output of {name}, which maps {sizes[0]} to {sizes[1]} features"
+        )
+    return width == sizes[0]
+
+
+def _check_bank(base: nn.Module, bank) -> None:
+    """Every module of the bank is one of the model's, as wide, and scaled on the same side."""
+    found = dict(base.named_modules())
+    for name, width in bank.widths.items():
+        layer = found.get(name)
+        if isinstance(layer, _layers.BankLinear):
+            is_input = layer._peft_ops_feedforward
+        elif isinstance(layer, _layers.MixedLinear):
+            is_input = layer.is_feedforward
+        else:
+            got = "no such module" if layer is None else f"a {type(layer).__name__}"
+            raise ValueError(f"accelerate: bank must hold linear layers of the model, got {name!r}, {got}")
+        layer_width = _features(layer)[0 if is_input else 1]
+        if width != layer_width or (bank.feedforward is not None and is_input != (name in bank.feedforward)):
+            raise ValueError(
+                f"accelerate: bank must hold {layer_width} features for the {'input' if is_input else 'output'} of "
+                f"{name!r}, got {width} features{'' if width != layer_width else ' for the other side'}"
+            )
+    if bank.prompts is not None:
+        width = base.get_input_embeddings().weight.shape[1]
+        if bank.prompts.shape[2] != width:
+            raise ValueError(f"accelerate: bank must hold prompts of {width} features, got {bank.prompts.shape[2]}")
 
 
 def _swap_fused(module: nn.Module, shared: Shared) -> None:
@@ -281,23 +375,21 @@ class MixedModel(Swapped):
 
     def forward(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
         if adapter_names is None:
-            if torch.is_grad_enabled():
-                self._peft_ops.last_mixed = False
             with calling(self._unnamed()):
                 return super().forward(*args, **kwargs)
         with ExitStack() as stack:
-            call = _call(self, adapter_names, _rows(args, kwargs), exact=True, stack=stack)
+            call = _call(self, adapter_names, _rows(args, kwargs), 1, stack)
+            call.input_ids = _input_ids(args, kwargs)
             if torch.is_grad_enabled():
-                self._peft_ops.last_mixed = True
+                self._peft_ops.mixed = True
                 self._keep_calls_through_checkpoints()
             stack.enter_context(calling(call))
             base = self.get_base_model()
-            if args and _has_prompts(self, call):
-                kwargs, args = inspect.signature(base.forward).bind_partial(*args).arguments | kwargs, ()
-            prompted = forward_inputs(self, call, kwargs) if _has_prompts(self, call) else None
-            if prompted is not None:
-                return base(**prompted)
-            if self.active_peft_config.is_prompt_learning:  # base rows only: the model without any prompt
+            if has_prompts(self, call):
+                named = inspect.signature(base.forward).bind_partial(*args).arguments
+                return base(**forward_inputs(self, call, named | kwargs))
+            kwargs = without_prompts(self, call, kwargs)
+            if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
                 return base(*args, **kwargs)
             return super().forward(*args, **kwargs)
 
@@ -306,20 +398,59 @@ class MixedModel(Swapped):
             with calling(self._unnamed()):
                 return super().generate(*args, **kwargs)
         with ExitStack() as stack:
-            call = _call(self, adapter_names, _rows(args, kwargs), exact=False, stack=stack)
+            call = _call(self, adapter_names, _rows(args, kwargs), self._repeats(kwargs), stack)
+            call.input_ids = _input_ids(args, kwargs)
             stack.enter_context(calling(call))
             base = self.get_base_model()
-            prompted = generate_inputs(self, call, args, kwargs) if _has_prompts(self, call) else None
-            if prompted is not None:
-                return base.generate(**prompted)
+            if has_prompts(self, call):
+                return base.generate(**generate_inputs(self, call, args, kwargs))
             if self.active_peft_config.is_prompt_learning:
                 return base.generate(*args, **kwargs)
             return super().generate(*args, **kwargs)
 
+    def _repeats(self, kwargs: dict) -> int:
+        """How many rows generate() makes of each: its beams, or the sequences that it samples."""
+        configs = kwargs.get("generation_config"), self.get_base_model().generation_config
+        counts = []
+        for name in ("num_beams", "num_return_sequences"):
+            values = kwargs.get(name), *(getattr(config, name, None) for config in configs)
+            counts.append(next((value for value in values if value is not None), 1))
+        return max(counts)
+
     def _unnamed(self) -> Call:
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
         around = current_call()
-        return around if around is not None and around.shared is self._peft_ops else Call(self._peft_ops)
+        if around is None or around.shared is not self._peft_ops:
+            return Call(self._peft_ops)
+        gone = next((name for name in around.names if name not in self.peft_config and name not in around.held), None)
+        if gone is not None:
+            raise ValueError(_unknown(self, gone))
+        around.renew()
+        return around
+
+    @contextmanager
+    def disable_adapter(self):
+        with super().disable_adapter():
+            shared, unnamed = self._peft_ops, self.forward  # PEFT puts a base model's here, which takes no names
+
+            def forward(*args, adapter_names: Sequence[str] | None = None, **kwargs):
+                if adapter_names is None:
+                    return unnamed(*args, **kwargs)
+                return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
+
+            before, shared.disabled = shared.disabled, True
+            if self.active_peft_config.is_prompt_learning:
+                self.forward = forward
+            try:
+                yield
+            finally:
+                shared.disabled = before
+
+    def merge_and_unload(self, *args, **kwargs):
+        return restore(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self, *args, **kwargs):
+        return restore(self.base_model.unload(*args, **kwargs))
 
     def add_adapter(self, *args, **kwargs):
         super().add_adapter(*args, **kwargs)
@@ -334,13 +465,6 @@ class MixedModel(Swapped):
                 module._gradient_checkpointing_func = _Checkpoint(func)
 
 
-def _has_prompts(model: nn.Module, call: Call) -> bool:
-    bank = call.shared.bank
-    return any(
-        _kind(model, name) in KINDS or (name in call.slots and bank.prompt(name) is not None) for name in call.names
-    )
-
-
 def _rows(args: tuple, kwargs: dict) -> int | None:
     """Rows of the batch: the first dimension of what the model is called with."""
     names = "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values"
@@ -348,13 +472,18 @@ def _rows(args: tuple, kwargs: dict) -> int | None:
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
 
 
-def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack: ExitStack) -> Call:
+def _input_ids(args: tuple, kwargs: dict) -> Tensor | None:
+    ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]) if t is not None), None)
+    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
+
+
+def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack: ExitStack) -> Call:
     shared = model._peft_ops
     if isinstance(adapter_names, (str, bytes)) or not isinstance(adapter_names, Sequence):
         raise TypeError(f"adapter_names must be a list of names, one per row, got {type(adapter_names).__name__}")
-    wrong = next((name for name in adapter_names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {type(wrong).__name__}")
+    wrong = [type(name).__name__ for name in adapter_names if not isinstance(name, str)]
+    if wrong:
+        raise TypeError(f"adapter_names must hold names, {BASE!r} for the base model, got {wrong[0]}")
     if not adapter_names or (rows is not None and len(adapter_names) != rows):
         what = "a batch" if rows is None else f"{rows} rows"
         raise ValueError(f"adapter_names must hold one name per row, for {what}, got {len(adapter_names)}")
@@ -362,19 +491,22 @@ def _call(model: nn.Module, adapter_names, rows: int | None, exact: bool, stack:
     if len(configs) != len(shared.configs) or any(a is not b for a, b in zip(configs, shared.configs, strict=True)):
         _check_kinds(model)
         _swap_layers(model)  # an adapter has come that may have targeted other modules
-    names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
-    elsewhere = [name for name in names if name not in model.peft_config]
-    bank = shared.bank
-    unknown = [name for name in elsewhere if bank is None or name not in bank]
-    if unknown:
-        some = ", ".join(map(repr, [*model.peft_config][:20]))
-        hint = "" if bank is None else f", nor in the bank of {len(bank)}"
-        raise ValueError(
-            f"adapter_names must name adapters of the model, [{some}] or {BASE!r}, got {unknown[0]!r}{hint}; load it "
-            f"with model.load_adapter(..., adapter_name={unknown[0]!r})"
-        )
-    slots = {}
-    if elsewhere:
-        ids = stack.enter_context(bank.use(elsewhere))
-        slots = dict(zip(elsewhere, ids.tolist(), strict=True))
-    return Call(shared, [None if name == BASE else name for name in adapter_names], exact, slots)
+    elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
+    held = {}
+    if elsewhere and not shared.disabled:
+        if shared.bank is None:
+            raise ValueError(_unknown(model, elsewhere[0]))
+        try:
+            held = stack.enter_context(shared.bank.hold(elsewhere))
+        except KeyError as error:
+            raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
+    rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
+    return Call(shared, rows, repeats, held)
+
+
+def _unknown(model: nn.Module, name: str) -> str:
+    some = ", ".join(map(repr, [*model.peft_config][:20]))
+    return (
+        f"adapter_names must name adapters of the model, [{some}] or {BASE!r}, got {name!r}; load it with "
+        f"model.load_adapter(..., adapter_name={name!r})"
+    )

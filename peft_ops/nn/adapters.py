@@ -1,6 +1,7 @@
 """What modules with adapters share: the names they know, and checks of what they are given."""
 
 from collections.abc import Container, Iterable, Mapping
+from difflib import get_close_matches
 
 from torch import Tensor, nn
 
@@ -92,3 +93,9 @@ def check_names(op: str, arg: str, names) -> tuple[str | None, ...]:
     if wrong is not None:
         raise TypeError(f"{op}: {arg} must hold adapter names or None, got {type(wrong).__name__}")
     return names
+
+
+def similar(name, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: known ones that look like it."""
+    near = get_close_matches(name, known) if isinstance(name, str) else []
+    return f"; similar: {', '.join(map(repr, near))}" if near else ""

@@ -70,6 +70,9 @@ class MultitaskPromptEmbedding(FromTokens, PromptModule):
         """[P, E] of one task."""
         return self.embedding.weight * (self.prefix_task_cols[name] @ self.prefix_task_rows[name])
 
+    def num_virtual_tokens(self, name: str) -> int:
+        return self.embedding.num_embeddings
+
     def sources(self, name: str) -> Iterable[Tensor]:
         return self.embedding.weight, self.prefix_task_cols[name], self.prefix_task_rows[name]
 

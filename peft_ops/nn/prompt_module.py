@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from peft_ops.nn.adapters import AdapterModule, check_names, check_type, same_stamp, stamp
 from peft_ops.nn.tasks import TaskBatch, batch_of
 from peft_ops.ops.prompt_concat import prompt_concat
+from peft_ops.ops.prompt_embed import prompt_embed
 from peft_ops.reference import PromptBatch
 
 LENGTHS_KEPT = 256  # small tensors, each of which saves a copy to the device
@@ -28,6 +29,10 @@ class PromptModule(AdapterModule):
 
     def prompt(self, name: str) -> Tensor:
         """[P, E] of one adapter."""
+        raise NotImplementedError
+
+    def num_virtual_tokens(self, name: str) -> int:
+        """P of one adapter."""
         raise NotImplementedError
 
     def sources(self, name: str) -> Iterable[Tensor]:
@@ -95,6 +100,23 @@ class PromptModule(AdapterModule):
         **kwargs,
     ) -> PromptBatch:
         """`prompt_concat` with the prompts of the batch; kwargs: labels, padding_side. [B, S] -> [B, P + S]."""
+        batch, prompts, lengths = self._read(input_ids, embedding, batch)
+        return prompt_concat(
+            input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, attention_mask=attention_mask, **kwargs
+        )
+
+    def embed(self, input_ids: Tensor, embedding: Tensor, batch: TaskBatch | None = None, **kwargs) -> Tensor:
+        """`prompt_embed` with the prompts of the batch, for ids that hold virtual tokens, say a Template's; its kwargs.
+
+        [B, S] -> [B, S, E]. A row without a prompt, the base model's too, takes ids without virtual tokens only.
+        """
+        batch, prompts, lengths = self._read(input_ids, embedding, batch)
+        return prompt_embed(input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, **kwargs)
+
+    def _read(
+        self, input_ids: Tensor, embedding: Tensor, batch: TaskBatch | None
+    ) -> tuple[TaskBatch, Tensor, Tensor | None]:
+        """The batch, or that of the context, its prompts and their lengths."""
         op = type(self).__name__
         check_type(op, "input_ids", input_ids, Tensor, "a tensor")
         check_type(op, "embedding", embedding, Tensor, "a tensor [V, E], say model.get_input_embeddings().weight")
@@ -103,10 +125,7 @@ class PromptModule(AdapterModule):
             batch = TaskBatch((), torch.full(input_ids.shape[:1], -1, device=input_ids.device))
         table = self._snapshot(batch.names)
         no_prompt = embedding.new_zeros(len(batch.names), 0, embedding.shape[-1]), None
-        prompts, lengths = table or self.table(batch.names) or no_prompt
-        return prompt_concat(
-            input_ids, embedding, prompts, batch.ids, prompt_lengths=lengths, attention_mask=attention_mask, **kwargs
-        )
+        return batch, *(table or self.table(batch.names) or no_prompt)
 
     def extra_repr(self) -> str:
         return f"adapters={list(self.adapters)}"

@@ -83,6 +83,9 @@ class PromptEmbedding(PromptModule):
             return encoder()
         return encoder() if self.shared is None else self.shared(encoder())
 
+    def num_virtual_tokens(self, name: str) -> int:
+        return self.encoders[name].num_virtual_tokens
+
     def sources(self, name: str) -> Iterator[Tensor]:
         encoder = self.encoders[name]
         modules = [encoder] if self.shared is None or isinstance(encoder, PromptTable) else [encoder, self.shared]

@@ -1,10 +1,14 @@
 """Templates of virtual tokens around a text: P-Tuning's (3, 3, 3) is `<P*3> [MASK] <P*3> {text} <P*3>`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from peft_ops._checks import IDS, check_tensor
+from peft_ops.nn.adapters import check_known_name, check_size, check_type
+from peft_ops.nn.prompt_module import PromptModule
 
 PIECE = re.compile(r"(<P(?:\*\d+)?>|\[(?:MASK|CLS|SEP|BOS|EOS)\]|\{\w+\})")
 
@@ -17,10 +21,15 @@ class Template:
             tokenizer's; `{name}`: a text that the caller gives; anything else is encoded as it stands, stripped.
         tokenizer: encodes and decodes as Hugging Face's do, with `mask_token_id`, `pad_token_id` and the like.
         vocab_size: rows of the model's embedding, which may be more than the tokenizer knows.
+        max_length: ids of a sequence, at most: texts are cut, the longest first, at the tokenizer's `truncation_side`,
+            and nothing else is. None: as long as they come.
+
+    Raises:
+        ValueError: a special token that the tokenizer does not have; a max_length that leaves out more than texts.
     """
 
-    def __init__(self, form: str, tokenizer, vocab_size: int):
-        self.form, self.tokenizer, self.vocab_size = form, tokenizer, vocab_size
+    def __init__(self, form: str, tokenizer, vocab_size: int, max_length: int | None = None):
+        self.form, self.tokenizer, self.vocab_size, self.max_length = form, tokenizer, vocab_size, max_length
         self.num_virtual_tokens, self._special, self._pieces = 0, {}, []
         for piece in filter(None, map(str.strip, PIECE.split(form))):
             if not PIECE.fullmatch(piece):
@@ -32,24 +41,55 @@ class Template:
                 if token is None:
                     raise ValueError(f"Template: form must use tokens that the tokenizer has, got {piece}")
                 self._special[token] = piece
-                self._pieces.append([token])
+                self._pieces.append(self._known([token]))
             else:
                 start = vocab_size + self.num_virtual_tokens
                 self.num_virtual_tokens += int(piece[3:-1] or 1)
                 self._pieces.append(list(range(start, vocab_size + self.num_virtual_tokens)))
+        fixed = [i for piece in self._pieces if not isinstance(piece, str) for i in piece]
+        self._num_fixed, mask = len(fixed), getattr(tokenizer, "mask_token_id", None)
+        self.num_masks = fixed.count(mask)
+        if max_length is not None:
+            check_size("Template", "max_length", max_length)
+            if max_length < len(fixed):
+                what = f"be at least {len(fixed)}, the ids of {form!r} without texts"
+                raise ValueError(f"Template: max_length must {what}, got {max_length}")
 
     def __repr__(self) -> str:
         return f"Template({self.form!r}, num_virtual_tokens={self.num_virtual_tokens})"
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._known(list(self.tokenizer.encode(text, add_special_tokens=False)))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, none of which would be read as a virtual token."""
+        if max(ids, default=-1) >= self.vocab_size:
+            got = f"{self.vocab_size} and {max(ids)}"
+            raise ValueError(f"Template: vocab_size must be above every id of the tokenizer, got {got}")
+        return ids
+
+    def _texts(self, texts: dict[str, str]) -> dict[str, list[int]]:
+        """The ids of each text, as many as max_length leaves room for."""
+        names = [piece for piece in self._pieces if isinstance(piece, str)]
+        if set(names) != texts.keys():
+            raise ValueError(f"Template: texts must be given for {sorted(set(names))}, got {sorted(texts)}")
+        ids = {name: self._encode(text) for name, text in texts.items()}
+        for name, own in ids.items():
+            if self.num_masks and self.tokenizer.mask_token_id in own:
+                raise ValueError(f"Template: texts must leave [MASK] to the form, got {texts[name]!r} for {name!r}")
+        if self.max_length is not None:
+            room, left = self.max_length - self._num_fixed, len(names)
+            for name in sorted(names, key=lambda name: len(ids[name])):  # what a short text leaves, longer ones share
+                keep = min(len(ids[name]), room // left)
+                start = len(ids[name]) - keep if getattr(self.tokenizer, "truncation_side", "") == "left" else 0
+                ids[name] = ids[name][start : start + keep]
+                room, left = room - keep, left - 1
+        return ids
 
     def encode(self, **texts: str) -> list[int]:
         """The ids of one sequence."""
-        names = {piece for piece in self._pieces if isinstance(piece, str)}
-        if names != texts.keys():
-            raise ValueError(f"Template: texts must be given for {sorted(names)}, got {sorted(texts)}")
-        return [i for piece in self._pieces for i in (self._encode(texts[piece]) if isinstance(piece, str) else piece)]
+        ids = self._texts(texts)
+        return [i for piece in self._pieces for i in (ids[piece] if isinstance(piece, str) else piece)]
 
     def __call__(self, padding_side: str = "right", **texts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, S] of texts given as lists, padded to the longest."""
@@ -63,6 +103,38 @@ class Template:
             at = slice(size[1] - len(row), None) if padding_side == "left" else slice(0, len(row))
             ids[b, at], mask[b, at] = torch.tensor(row, dtype=torch.int64), 1
         return dict(input_ids=ids, attention_mask=mask)
+
+    def mask_positions(self, input_ids: Tensor) -> Tensor:
+        """Where the form's [MASK]s stand in ids [B, S] of this template: int64 [B, num_masks], in order.
+
+        `logits.take_along_dim(positions[..., None], 1)` is what the model says there. A GPU is not synchronised.
+
+        Raises:
+            ValueError: a form without [MASK].
+        """
+        check_tensor("Template.mask_positions", "input_ids", input_ids, dtypes=IDS, dim=2)
+        if not self.num_masks:
+            raise ValueError(f"Template.mask_positions: form must hold [MASK], got {self.form!r}")
+        others = (input_ids != self.tokenizer.mask_token_id).to(torch.uint8)
+        return others.argsort(dim=1, stable=True)[:, : self.num_masks]
+
+    def check(self, prompts: PromptModule, names: Iterable[str] | None = None) -> None:
+        """Notice prompts of another length: rows that the form does not have, or that it asks for in vain.
+
+        Args:
+            prompts: a PromptEmbedding or MultitaskPromptEmbedding.
+            names: adapters that are to fill this form; None: all.
+
+        Raises:
+            ValueError: a name that is no adapter; an adapter whose prompt has not num_virtual_tokens rows.
+        """
+        check_type("Template.check", "prompts", prompts, PromptModule, "a module of prompts")
+        for name in prompts.adapters if names is None else names:
+            check_known_name("Template.check", name, prompts.adapters)
+            got = prompts.num_virtual_tokens(name)
+            if got != self.num_virtual_tokens:
+                what = f"have {self.num_virtual_tokens} virtual tokens, as {self.form!r} has"
+                raise ValueError(f"Template.check: prompts must {what}, got {got} for {name!r}")
 
     def decode(self, input_ids: Tensor | Sequence[int], attention_mask: Tensor | Sequence[int] | None = None) -> str:
         """One sequence as text: `P0 P1 P2 [MASK] ...`; slots that the mask does not attend to are left out."""

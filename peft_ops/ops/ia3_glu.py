@@ -1,5 +1,7 @@
 """Gated (IA)^3 feed-forward: h = act(g) * u * ia3_l[t], elementwise, and with its two linear layers in one pass."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,7 @@ from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
 
 kernels, dual, tiles = LazyKernels("ia3_glu"), LazyKernels("dual"), LazyKernels("tiles")
+_native_glu = native.ia3_glu.default
 
 
 def launch_glu(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
@@ -251,11 +254,21 @@ _glu_linear_op = Operator(
 )
 
 
-def glu_known(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
-    """`ia3_glu` without gradient and without checks: of a table [num_tasks, N] and ids that are known good."""
-    if not gate.is_cuda and use_native("ia3_glu", gate):
-        return shaped(native.ia3_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
-    return _glu_op(gate, up, ia3_l, task_ids, activation)
+def glu_by(ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """(gate, up) -> act(gate) * up * ia3_l[t], as `scale_by`; gate and up may be halves of one tensor."""
+    served: dict[torch.dtype, bool] = {}
+
+    def glu(gate: Tensor, up: Tensor) -> Tensor:
+        by_native = served.get(gate.dtype)
+        if by_native is None:
+            by_native = served[gate.dtype] = use_native("ia3_glu", gate)
+        if not by_native:
+            return _glu_op(gate, up, ia3_l, task_ids, activation)
+        if gate.is_contiguous() and up.is_contiguous():
+            return _native_glu(gate, up, ia3_l, task_ids, activation)
+        return shaped(_native_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
+
+    return glu
 
 
 def ia3_glu(

@@ -1,5 +1,7 @@
 """(IA)^3 row scaling: y[m, n] = x[m, n] * ia3_l[t(m), n]."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from peft_ops.reference import TaskPlan
 kernels, sorting, tiles = LazyKernels("ia3_scale"), LazyKernels("task_plan"), LazyKernels("tiles")
 
 
+_native_scale = native.ia3_scale.default
 _unsafe_view = torch.ops.aten._unsafe_view.default  # the packet would look for the overload at each call: 1 us
 
 
@@ -121,10 +124,10 @@ def sum_chunks(part: Tensor, chunk_start: Tensor, dl: Tensor) -> None:
 def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
     """act(x) * ia3_l[t], contiguous. The elementwise half of every (IA)^3 operator: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
-    if use_triton(op, x):
-        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
         return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    if use_triton(op, x):
+        return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
 
 
@@ -186,11 +189,21 @@ _op = Operator(
 )
 
 
-def scale_known(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:
-    """act(x) * ia3_l[t] without gradient and without checks (8 us): of a table and ids that are known good."""
-    if not x.is_cuda and use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
-        return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
-    return _op(x, ia3_l, task_ids, activation)
+def scale_by(ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Callable[[Tensor], Tensor]:
+    """x -> act(x) * ia3_l[t] for CPU tensors of one size, without gradient and without checks (8 us): of a table and
+    ids that are known good. What serves a dtype is asked once."""
+    served: dict[torch.dtype, bool] = {}
+
+    def scale(x: Tensor) -> Tensor:
+        by_native = served.get(x.dtype)
+        if by_native is None:
+            fused = task_ids is not None or activation is not None
+            by_native = served[x.dtype] = use_native("ia3_scale", x, fused)
+        if by_native and x.is_contiguous():
+            return _native_scale(x, ia3_l, task_ids, activation)
+        return _op(x, ia3_l, task_ids, activation)
+
+    return scale
 
 
 def ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | TaskPlan | None = None) -> Tensor:

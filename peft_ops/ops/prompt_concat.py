@@ -4,15 +4,29 @@ import torch
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_triton
-from peft_ops._checks import FLOATS, IDS, check_ids_in_range, check_tensor, shape
+from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
+from peft_ops._checks import (
+    FLOATS,
+    IDS,
+    INTEGERS,
+    check_added,
+    check_added_in_range,
+    check_ids_in_range,
+    check_prompts,
+    check_tensor,
+    check_tokens,
+    shape,
+)
 from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import PromptBatch
 
 kernels, tiles = LazyKernels("prompt_concat"), LazyKernels("tiles")
 
 
-def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left):
+def launch_concat(
+    tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask, labels,
+    type_ids, position_offset, embed_scale, left, after_bos,
+):  # fmt: skip
     """The five tensors of a PromptBatch (labels empty if there are none) and the layout, int32 [B, 4]. Two launches."""
     (num_tasks, P, E), (B, S) = prompts.shape, tokens.shape[:2]
     device = tokens.device
@@ -20,6 +34,10 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
         None if t is None else t.contiguous()
         for t in (tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels)
     )
+    position_embedding, type_embedding, type_ids = (
+        None if t is None else t.contiguous() for t in (position_embedding, type_embedding, type_ids)
+    )
+    scale = 1.0 if embedding is None else reference.scale_of(embed_scale, embedding.dtype)
     size = B, P + S
     out = torch.empty((*size, E), dtype=(tokens if embedding is None else embedding).dtype, device=device)
     mask_dtype = torch.int64 if attention_mask is None else attention_mask.dtype
@@ -41,16 +59,20 @@ def launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attentio
             layout, bytes_of(mask), positions, out_labels, token_map,
             S, P, num_tasks,
             HAS_IDS=task_ids is not None, HAS_LENGTHS=prompt_lengths is not None and num_tasks > 0,
-            HAS_MASK=attention_mask is not None, HAS_LABELS=labels is not None, LEFT=left,
+            HAS_MASK=attention_mask is not None, HAS_LABELS=labels is not None, LEFT=left, AFTER_BOS=after_bos,
             BLOCK=min(tiles.next_power_of_2(max(P + S, 1)), 1024), num_warps=4,
         )  # fmt: skip
         if E and P + S:
             tile = tiles.prompt_concat(E)
             grid = B * tiles.cdiv(P + S, tile["BLOCK_ROWS"]), tiles.cdiv(E, tile["BLOCK_E"])
             kernels.prompt_concat_kernel[grid](
-                tokens, embedding, prompts, layout, out,
-                S, P, E, 0 if embedding is None else embedding.shape[0],
-                HAS_TABLE=embedding is not None, **tile,
+                tokens, embedding, prompts, layout,
+                positions, position_embedding, token_map, type_ids, type_embedding, out,
+                S, P, E, *(0 if t is None else t.shape[0] for t in (embedding, position_embedding, type_embedding)),
+                position_offset, scale,
+                HAS_TABLE=embedding is not None, HAS_POSITIONS=position_embedding is not None,
+                HAS_TYPES=type_embedding is not None, HAS_TYPE_IDS=type_ids is not None,
+                ADJUSTS=scale != 1.0 or position_embedding is not None or type_embedding is not None, **tile,
             )  # fmt: skip
     return out, mask, positions, out_labels, token_map, layout
 
@@ -74,36 +96,69 @@ def launch_concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int)
     return dprompts
 
 
-def _check_values(tokens, embedding, task_ids, prompt_lengths, num_tasks: int, P: int) -> None:
+def _check_values(
+    tokens, embedding, task_ids, prompt_lengths, attention_mask, type_ids, type_embedding, num_tasks: int, P: int
+) -> None:
     """IndexError for an id or a length out of range, on a CPU (a kernel writes NaN, or clamps the length)."""
     op = "prompt_concat"
+    if (tokens.is_cuda or INTERPRET) and not DEBUG:
+        return
     check_ids_in_range(op, task_ids, num_tasks)
     if embedding is not None:
         check_ids_in_range(op, tokens.reshape(-1), embedding.shape[0], "input_ids", low=0)
     if prompt_lengths is not None:
         check_ids_in_range(op, prompt_lengths, P + 1, "prompt_lengths", low=0)
+    if type_ids is not None:
+        read = type_ids if attention_mask is None else torch.where(attention_mask != 0, type_ids, 0)
+        check_ids_in_range(op, read, type_embedding.shape[0], "token_type_ids", low=0)
 
 
-def _prompt_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left):
-    num_tasks, P, E = prompts.shape
-    _check_values(tokens, embedding, task_ids, prompt_lengths, num_tasks, P)
+def _added(layout, positions, token_map, position_embedding, position_offset, type_embedding, type_ids):
+    if position_embedding is None and type_embedding is None:
+        return reference.NOTHING_ADDED
+    bad = (layout[:, :1] == reference.BAD).expand_as(token_map)
+    types = None if type_ids is None else reference.slot_types(type_ids, token_map)
+    return reference.added_embeddings(bad, positions, position_embedding, position_offset, types, type_embedding)
+
+
+def _prompt_concat(
+    tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask, labels,
+    type_ids, position_offset, embed_scale, left, after_bos,
+):  # fmt: skip
+    (num_tasks, P, E), (B, S) = prompts.shape, tokens.shape[:2]
+    _check_values(tokens, embedding, task_ids, prompt_lengths, attention_mask, type_ids, type_embedding, num_tasks, P)
+    tables = position_embedding, position_offset, type_embedding, type_ids
     source = tokens if embedding is None else embedding
-    widest = prompts if prompts.dtype == torch.float64 else source  # fp64 anywhere runs on plain PyTorch
-    if use_triton("prompt_concat", widest):
-        return launch_concat(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left)
-    B, S = tokens.shape[:2]
-    layout = reference.prompt_layout(
-        task_ids, prompt_lengths, attention_mask, (B, S, num_tasks, P), left, tokens.device
-    )
-    if use_native("prompt_concat", widest):
-        out = native.prompt_concat(tokens, embedding, prompts, layout)
-    else:
-        out = reference.concat_embeddings(tokens, embedding, prompts, layout)
+    others = (t for t in (prompts, position_embedding, type_embedding) if t is not None)
+    widest = next((t for t in others if t.dtype == torch.float64), source)  # fp64 anywhere runs on plain PyTorch
+    copies = position_embedding is None and type_embedding is None and (embedding is None or embed_scale == 1.0)
+    on_native = use_native("prompt_concat", widest, numel=B * (P + S) * E)
+    on_native = on_native and (copies or not widest.is_cuda)  # the CUDA C++ kernel scales and adds nothing
+    if not on_native and use_triton("prompt_concat", widest):
+        outputs = launch_concat(
+            tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask,
+            labels, type_ids, position_offset, embed_scale, left, after_bos,
+        )  # fmt: skip
+        if DEBUG:
+            _, _, positions, _, token_map, layout = outputs
+            check_added_in_range("prompt_concat", _added(layout, positions, token_map, *tables), position_offset)
+        return outputs
+    sizes = B, S, num_tasks, P
+    layout = reference.prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, tokens.device, after_bos)
     mask, positions, labels, token_map = reference.concat_metadata(layout, attention_mask, labels, S, P)
+    added = _added(layout, positions, token_map, *tables)
+    check_added_in_range("prompt_concat", added, position_offset)
+    if on_native:
+        scale = reference.scale_of(embed_scale, source.dtype)
+        out = native.prompt_concat(tokens, embedding, prompts, layout, scale, *added[0], *added[1])
+    else:
+        out = reference.concat_embeddings(tokens, embedding, prompts, layout, embed_scale, added)
     return out, mask, positions, tokens.new_empty(0, dtype=torch.int64) if labels is None else labels, token_map, layout
 
 
-def _prompt_concat_fake(tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels, left):
+def _prompt_concat_fake(
+    tokens, embedding, prompts, position_embedding, type_embedding, task_ids, prompt_lengths, attention_mask, labels, *_
+):
     P, E = prompts.shape[1:]
     B, S = tokens.shape[:2]
     size, device = (B, P + S), tokens.device
@@ -137,34 +192,47 @@ def _prompt_concat_backward_fake(dout, layout, num_tasks, P):
 _backward_op = Operator("prompt_concat_backward", _prompt_concat_backward, _prompt_concat_backward_fake)
 
 
-def _embedding_backward(dtokens: Tensor, tokens: Tensor, V: int) -> Tensor:
-    """Sum of dtokens per token, in a fixed order. aten checks no ids on a GPU: a bad one becomes its padding_idx."""
-    tokens = torch.where((tokens >= 0) & (tokens < V), tokens, -1).long()
-    return torch.ops.aten.embedding_dense_backward(dtokens, tokens, V, -1, False)
-
-
 def _setup_context(ctx, inputs, output):
-    tokens, embedding, prompts = inputs[:3]
-    layout = output[5]
+    tokens, embedding, prompts, *tables = inputs[:5]
+    _, _, positions, _, token_map, layout = output
+    type_ids, ctx.position_offset, ctx.embed_scale = inputs[9:12]
+    _, of_embedding, _, of_positions, of_types = ctx.needs_input_grad[:5]
     ctx.mark_non_differentiable(*output[1:])
     ctx.prompts_like = prompts.shape[0], prompts.shape[1], prompts.dtype
     ctx.vocabulary = None if embedding is None else embedding.shape[0]
-    ctx.save_for_backward(layout, tokens if ctx.needs_input_grad[1] else None)
+    ctx.tables_like = [(0, None) if t is None else (t.shape[0], t.dtype) for t in tables]
+    ctx.save_for_backward(
+        layout,
+        tokens if of_embedding else None,
+        positions if of_positions else None,
+        token_map if of_types else None,
+        type_ids if of_types else None,
+    )
 
 
 def _backward(ctx, dout, *_):
-    layout, tokens = ctx.saved_tensors
+    layout, tokens, positions, token_map, type_ids = ctx.saved_tensors
     num_tasks, P, dtype = ctx.prompts_like
-    dtokens = dembedding = dprompts = None
-    dout = dout.contiguous()
-    if ctx.needs_input_grad[2]:
+    of_tokens, of_embedding, of_prompts, of_positions, of_types = ctx.needs_input_grad[:5]
+    (num_positions, positions_dtype), (num_types, types_dtype) = ctx.tables_like
+    dtokens = dembedding = dprompts = dpositions = dtypes = None
+    dout, bad = dout.contiguous(), layout[:, :1] == reference.BAD
+    if of_prompts:
         dprompts = _backward_op(dout, layout, num_tasks, P).to(dtype)
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+    if of_tokens or of_embedding:
         dtokens = reference.take_tokens(dout, layout, P)
-    if ctx.needs_input_grad[1]:
-        dembedding = _embedding_backward(dtokens, tokens, ctx.vocabulary)
+    if of_embedding:
+        dtokens = reference.scaled(dtokens, ctx.embed_scale, dout.dtype)
+        dembedding = reference.embedding_backward(dtokens, tokens, ctx.vocabulary)
         dtokens = None
-    return dtokens, dembedding, dprompts, None, None, None, None, None
+    if of_positions:
+        rows = reference.position_rows(bad, positions, ctx.position_offset)
+        dpositions = reference.embedding_backward(dout, rows, num_positions, wide=True).to(positions_dtype)
+    if of_types:
+        types = None if type_ids is None else reference.slot_types(type_ids, token_map)
+        rows = reference.type_rows(bad.expand_as(token_map), types)
+        dtypes = reference.embedding_backward(dout, rows, num_types, wide=True).to(types_dtype)
+    return dtokens, dembedding, dprompts, dpositions, dtypes, *(None,) * 9
 
 
 _op = Operator("prompt_concat", _prompt_concat, _prompt_concat_fake, _setup_context, _backward)
@@ -181,6 +249,13 @@ def prompt_concat(
     labels: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     padding_side: str = "right",
+    after_bos: bool = False,
+    embed_scale: float = 1.0,
+    position_embedding: Tensor | None = None,
+    position_offset: int = 0,
+    token_type_embedding: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    max_position_embeddings: int | None = None,
 ) -> PromptBatch:
     """Put each sequence's continuous prompt before its text (P-Tuning, arXiv 2103.10385; prompt tuning, 2104.08691).
 
@@ -189,6 +264,10 @@ def prompt_concat(
     between a prompt and its text: right padding gives [prompt; tokens; pad], left padding [pad; prompt; tokens]. Slots
     that a shorter prompt leaves over are zeros that nobody attends to; `padding_side` says at which end they lie, and
     where the prompt goes in a row without any token.
+
+    What a model does before its first layer can come along, in the same pass: inputs_embeds = (e + type) + position,
+    summed in fp32 and rounded once. Every slot gets both, spare ones too, whose position and type are 0. A model that
+    adds its own, as transformers' do, must not get them twice.
 
     Args:
         input_ids: int32 or int64 [B, S]; None if inputs_embeds is given.
@@ -200,21 +279,30 @@ def prompt_concat(
         labels: int32 or int64 [B, S], or None.
         inputs_embeds: [B, S, E] in place of input_ids and embedding.
         padding_side: "right" or "left"; a decoder that generates needs "left": each row ends with its last token.
+        after_bos: the prompt goes right after the first slot that attention_mask attends to, the row's BOS.
+        embed_scale: multiplies rows of the embedding, rounded to its dtype first (Gemma: E ** 0.5); prompts and
+            inputs_embeds stand for what a scaling module returns, and are taken as they are.
+        position_embedding: [max_positions, E], added by position_ids + position_offset; any of those dtypes.
+        position_offset: 0 for GPT-2 and BERT, 2 for OPT and RoBERTa.
+        token_type_embedding: [num_types, E], added by the token's type; any of those dtypes.
+        token_type_ids: int32 or int64 [B, S]; None: all 0. Prompts and pads are of type 0, as PEFT has it.
+        max_position_embeddings: raise if P + S exceeds it; None: no limit.
 
     Returns:
         PromptBatch(inputs_embeds, attention_mask, position_ids, labels, token_map). Differentiable in prompts,
-        embedding and inputs_embeds; saved for backward: 16 bytes per sequence, and input_ids if embedding needs a
-        gradient.
+        embedding, inputs_embeds, position_embedding and token_type_embedding; saved for backward: 16 bytes per
+        sequence, and where their tables need a gradient input_ids, position_ids, token_map and token_type_ids.
 
     Raises:
-        IndexError: an id outside [-1, num_tasks), a token outside [0, V), a length outside [0, P], on a CPU. On a GPU
-            that sequence's, or that token's, embeddings are NaN, and the length is clamped (PEFT_OPS_DEBUG=1 raises
-            there too).
+        ValueError: P + S exceeds max_position_embeddings.
+        IndexError: an id outside [-1, num_tasks), a token outside [0, V), a length outside [0, P], a position or a type
+            outside its table, on a CPU. On a GPU the embeddings of that sequence, or of that slot, are NaN, and the
+            length is clamped (PEFT_OPS_DEBUG=1 raises there too).
     """
     op = "prompt_concat"
-    prompts, task_ids = _check_prompts(op, prompts, task_ids, prompt_lengths)
-    tokens, embedding = _check_tokens(op, input_ids, embedding, inputs_embeds, prompts)
-    B, S = tokens.shape[:2]
+    prompts = check_prompts(op, prompts, task_ids, prompt_lengths)
+    tokens, embedding = check_tokens(op, input_ids, embedding, inputs_embeds, prompts)
+    (B, S), P = tokens.shape[:2], prompts.shape[1]
     if task_ids is not None and task_ids.shape[0] != B:
         raise ValueError(f"{op}: task_ids must have shape [{B}], one per sequence, got {shape(task_ids)}")
     for arg, value in (("attention_mask", attention_mask), ("labels", labels)):
@@ -224,55 +312,25 @@ def prompt_concat(
                 raise ValueError(f"{op}: {arg} must have shape [{B}, {S}], got {shape(value)}")
     if padding_side not in ("right", "left"):
         raise ValueError(f"{op}: padding_side must be 'right' or 'left', got {padding_side!r}")
+    added = dict(
+        embed_scale=embed_scale, position_embedding=position_embedding, position_offset=position_offset,
+        token_type_embedding=token_type_embedding, token_type_ids=token_type_ids,
+    )  # fmt: skip
+    check_added(op, tokens, prompts, **added)
+    if max_position_embeddings is not None and P + S > max_position_embeddings:
+        raise ValueError(
+            f"{op}: max_position_embeddings must be at least P + S = {P} + {S}, got {max_position_embeddings}"
+        )
     if use_reference(prompts):
         return reference.prompt_concat(
             input_ids, embedding, prompts, task_ids, prompt_lengths=prompt_lengths, attention_mask=attention_mask,
-            labels=labels, inputs_embeds=inputs_embeds, padding_side=padding_side,
+            labels=labels, inputs_embeds=inputs_embeds, padding_side=padding_side, after_bos=after_bos, **added,
         )  # fmt: skip
-    args = [
-        None if t is None else t.contiguous()
-        for t in (tokens, embedding, prompts, task_ids, prompt_lengths, attention_mask, labels)
-    ]
-    out, mask, positions, out_labels, token_map, _ = _op(*args, padding_side == "left", differentiable=args[:3])
+    tensors = (
+        tokens, embedding, prompts, position_embedding, token_type_embedding, task_ids, prompt_lengths, attention_mask,
+        labels, token_type_ids,
+    )  # fmt: skip
+    args = [None if t is None else t.contiguous() for t in tensors]
+    scalars = position_offset, float(embed_scale), padding_side == "left", bool(after_bos)
+    out, mask, positions, out_labels, token_map, _ = _op(*args, *scalars, differentiable=args[:5])
     return PromptBatch(out, mask, positions, None if labels is None else out_labels, token_map)
-
-
-INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def _check_prompts(op: str, prompts, task_ids, prompt_lengths) -> tuple[Tensor, Tensor | None]:
-    check_tensor(op, "prompts", prompts, dtypes=FLOATS)
-    if prompts.dim() == 2:
-        prompts = prompts.unsqueeze(0)
-    if prompts.dim() != 3:
-        raise ValueError(f"{op}: prompts must have shape [num_tasks, P, E] or [P, E], got {shape(prompts)}")
-    num_tasks = prompts.shape[0]
-    if task_ids is None:
-        if num_tasks != 1:
-            raise ValueError(f"{op}: task_ids must be given, because prompts holds {num_tasks} tasks, got None")
-    else:
-        check_tensor(op, "task_ids", task_ids, dtypes=IDS, dim=1, like=prompts)
-    if prompt_lengths is not None:
-        check_tensor(op, "prompt_lengths", prompt_lengths, dtypes=IDS, dim=1, like=prompts)
-        if prompt_lengths.shape[0] != num_tasks:
-            raise ValueError(
-                f"{op}: prompt_lengths must have shape [{num_tasks}], one per task, got {shape(prompt_lengths)}"
-            )
-    return prompts, task_ids
-
-
-def _check_tokens(op: str, input_ids, embedding, inputs_embeds, prompts: Tensor) -> tuple[Tensor, Tensor | None]:
-    E = prompts.shape[2]
-    if (input_ids is None) == (inputs_embeds is None):
-        got = "both" if input_ids is not None else "neither"
-        raise ValueError(f"{op}: input_ids must be given, or inputs_embeds, but one of them, got {got}")
-    if inputs_embeds is not None:
-        check_tensor(op, "inputs_embeds", inputs_embeds, dtypes=FLOATS, dim=3, like=prompts)
-        if inputs_embeds.shape[2] != E:
-            raise ValueError(f"{op}: inputs_embeds must have {E} features, as prompts have, got {shape(inputs_embeds)}")
-        return inputs_embeds, None
-    check_tensor(op, "input_ids", input_ids, dtypes=IDS, dim=2, like=prompts)
-    check_tensor(op, "embedding", embedding, dtypes=FLOATS, dim=2, like=prompts)
-    if embedding.shape[1] != E:
-        raise ValueError(f"{op}: embedding must have {E} features, as prompts have, got {shape(embedding)}")
-    return input_ids, embedding

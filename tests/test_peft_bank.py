@@ -1,0 +1,188 @@
+"""A PEFT model whose bank serves what it has not loaded: vectors and prompts, in one batch with its own adapters."""
+
+import peft
+import pytest
+import torch
+
+from peft_ops import accelerate, restore, using_adapters
+from peft_ops.integrations import _layers
+from peft_ops.integrations._calls import Call
+from peft_ops.integrations.folder_bank import bank_from_folder
+from peft_ops.nn import TaskBank
+from tests import tiny
+
+FAMILIES = ("llama", "gpt2", "t5-gated")
+ROWS = ("red", "own", "short", tiny.BASE, "long")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+
+def saved(model, root) -> None:
+    for name in model.peft_config:
+        model.set_adapter(name)
+        model.save_pretrained(root, selected_adapters=[name])
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def served(request, tmp_path_factory):
+    """A directory with two (IA)^3 and two prompt adapters, the models that they came from, and two models to serve."""
+    family, root = request.param, tmp_path_factory.mktemp("adapters")
+    vectors = tiny.ia3_model(family, ["red", "green"])
+    prompts = tiny.prompt_model(family, {"short": 3, "long": 5})
+    saved(vectors, root)
+    saved(prompts, root)
+    models = {"vectors": tiny.ia3_model(family, ["own"]), "prompts": tiny.prompt_model(family, {"own": 4})}
+    oracles = {"red": vectors, "green": vectors, "short": prompts, "long": prompts}
+    return root, {name: accelerate(model, level="module") for name, model in oracles.items()}, models
+
+
+def rows_alone(name: str, model, oracles, batch):
+    oracle = oracles.get(name, model)
+    return oracle(**batch, adapter_names=[name] * len(ROWS)).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["vectors", "prompts"])
+def test_both_methods_serve_rows_of_one_batch(served, which):
+    root, oracles, models = served
+    model = accelerate(models[which], bank=bank_from_folder(root, slots=3))
+    batch = tiny.batch_for(model, len(ROWS))
+    got = model(**batch, adapter_names=list(ROWS)).logits
+    seen = []
+    for i, name in enumerate(ROWS):
+        want, own = rows_alone(name, model, oracles, batch)[i], got[i]
+        S = min(want.shape[0], own.shape[0])  # a batch without prompts has no slots for any
+        real = torch.ones(S, dtype=torch.bool)
+        if not model.config.is_encoder_decoder:
+            real = batch["attention_mask"][i].bool()
+            S = len(real)
+        torch.testing.assert_close(own[-S:][real], want[-S:][real], rtol=1e-4, atol=1e-4)
+        seen.append(own[-1])
+    assert torch.pdist(torch.stack(seen)).min() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation(served, beams):
+    root, oracles, models = served
+    options = dict(max_new_tokens=8, num_beams=beams, do_sample=False)
+    for model in models.values():
+        accelerate(model, bank=bank_from_folder(root, slots=3))
+        batch = tiny.batch_for(model, len(ROWS))
+        batch.pop("decoder_input_ids", None)
+        got = model.generate(**batch, **options, adapter_names=list(ROWS))
+        for i, name in enumerate(ROWS):
+            want = oracles.get(name, model).generate(**batch, **options, adapter_names=[name] * len(ROWS))
+            assert torch.equal(got[i], want[i]), name
+
+
+@torch.no_grad()
+def test_tasks_come_and_go_and_are_held_while_in_use(served):
+    root, oracles, models = served
+    bank = bank_from_folder(root, slots=1)
+    model = accelerate(models["vectors"], bank=bank)
+    batch = tiny.batch_for(model, 2)
+    for name in ("red", "green", "red"):
+        got = model(**batch, adapter_names=[name, "own"]).logits
+        torch.testing.assert_close(
+            got[:1], oracles[name](**batch, adapter_names=[name] * 2).logits[:1], rtol=1e-4, atol=1e-4
+        )
+    assert (bank.stats.misses, bank.stats.evictions) == (3, 2)
+    with bank.use(["green"]), pytest.raises(RuntimeError, match="in use|hold"):
+        model(**batch, adapter_names=["red", "own"])
+    with pytest.raises(ValueError, match="at most 1 task"):
+        model(**batch, adapter_names=["red", "green"])
+    model(**batch, adapter_names=["red", "red"])  # nothing is held after a failure
+
+
+@torch.no_grad()
+def test_a_batch_of_the_bank_alone_copies_no_vector(served):
+    root, oracles, models = served
+    bank = bank_from_folder(root, slots=4)
+    model = accelerate(models["vectors"], bank=bank)
+    bank.prefetch(["green", "red"])  # so that slots are not the order of the batch
+    names, batch = ["red", tiny.BASE, "green"], tiny.batch_for(model, 3, "right")
+    layer = next(m for m in model.modules() if isinstance(m, _layers.MixedLinear))
+    with bank.hold(["red", "green"]) as held:
+        call = Call(model._peft_ops, ["red", None, "green"], 1, held)
+        table, ids = call.select(layer, layer.ia3_l, layer._features, torch.zeros(3, 2, layer._features))
+    assert table.data_ptr() == bank.table(layer._peft_ops_key).data_ptr()
+    assert ids.tolist() == [held["red"].slot, -1, held["green"].slot] == [1, -1, 0]
+    got = model(**batch, adapter_names=names).logits
+    want = oracles["red"](**batch, adapter_names=names).logits
+    real = slice(None) if model.config.is_encoder_decoder else batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_that_nobody_knows(served):
+    root, _, models = served
+    model = accelerate(models["vectors"], bank=bank_from_folder(root, slots=2))
+    batch = tiny.batch_for(model, 2)
+    with pytest.raises(ValueError, match=r"adapter_names must name adapters of the model, \['own'\].*got 'rde'.*red"):
+        model(**batch, adapter_names=["rde", "own"])
+
+
+def test_restore_gives_plain_layers_back():
+    model = tiny.prompt_model("llama", {"own": 4})
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    name = "model.layers.0.self_attn.k_proj"
+    accelerate(model, bank=TaskBank(1, {name: 32}))
+    assert isinstance(model.get_base_model().get_submodule(name), _layers.BankLinear)
+    restore(model)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+
+
+@pytest.mark.parametrize(
+    "widths, options, message",
+    [
+        ({"model.layers.0.self_attn.o_proj": 64}, {}, "whether 64 features scale the input or the output"),
+        ({"model.layers.0.self_attn.k_proj": 33}, {}, "whether 33 features|33"),
+        ({"model.layers.9.self_attn.k_proj": 32}, {}, "no such module"),
+        ({"model.norm": 64}, {}, "linear layers of the model"),
+        ({"model.layers.0.mlp.down_proj": 64}, {"feedforward": ["model.layers.0.mlp.down_proj"]}, "96 features"),
+        ({"model.layers.0.self_attn.k_proj": 32}, dict(num_virtual_tokens=2, token_dim=48), "prompts of 64 features"),
+    ],
+)
+def test_banks_that_do_not_fit_the_model(widths, options, message):
+    model = tiny.prompt_model("llama", {"own": 4})
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        accelerate(model, bank=TaskBank(2, widths, **options))
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_bank_that_scales_the_other_side_of_a_layer():
+    model = tiny.ia3_model("llama", ["own"])
+    with pytest.raises(ValueError, match="input of 'model.layers.0.mlp.down_proj'"):
+        accelerate(model, bank=TaskBank(2, {"model.layers.0.mlp.down_proj": 96}, feedforward=[]))
+
+
+@torch.no_grad()
+def test_disabled_adapters_disable_the_bank(served):
+    root, _, models = served
+    model = accelerate(models["vectors"], bank=bank_from_folder(root, slots=3))
+    batch = tiny.batch_for(model, 2, "right")
+    with model.disable_adapter():
+        want, got = model(**batch).logits, model(**batch, adapter_names=["red", "long"]).logits
+    real = slice(None) if model.config.is_encoder_decoder else batch["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def test_two_models_of_one_base():
+    first, second = tiny.ia3_model("llama", ["red"]), None
+    accelerate(first)
+    second = peft.get_peft_model(first.get_base_model(), peft.IA3Config(task_type="CAUSAL_LM"), "green")
+    with pytest.raises(ValueError, match="must not be another accelerated model's"):
+        accelerate(second)
+
+
+@torch.no_grad()
+def test_generation_takes_no_other_multiple_of_the_batch():
+    """Classifier-free guidance, windows or a second modality: twice the rows, but not each name's in a row."""
+    model = accelerate(tiny.ia3_model("llama", ["red", "green"]))
+    batch = tiny.batch_for(model, 2)
+    call = model.get_base_model().forward
+    doubled = lambda ids, **kw: call(torch.cat([ids, ids]))  # noqa: E731
+    with using_adapters(model, ["red", "green"]), pytest.raises(ValueError, match=r"2 rows, got \[4"):
+        doubled(batch["input_ids"])
+    options = dict(max_new_tokens=3, num_beams=3, num_return_sequences=2)
+    assert len(model.generate(**batch, **options, adapter_names=["red", "green"])) == 4

@@ -1,0 +1,392 @@
+"""Prompts of several lengths in one batch: each row is what plain PEFT gives for its own text, alone and unpadded."""
+
+import copy
+from functools import cache
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peft_ops import accelerate, restore
+from tests.conftest import DEVICE, assert_like_torch
+from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, text
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROMPTS = {"short": 2, "long": 5}
+NAMES = ["short", BASE, "long", "short", BASE]
+LENGTHS = [7, 4, 5, 6, 7]
+SIDES = ["left", "right"]
+ENCODERS = [family for family in FAMILIES if family not in CAUSAL + SEQ2SEQ]
+
+
+def nightly(family: str):
+    return pytest.param(family, marks=pytest.mark.nightly)
+
+
+@cache
+def plain(family: str, kind: str = "PROMPT_TUNING", task: str | None = None, dtype=torch.float32) -> nn.Module:
+    return prompt_model(family, PROMPTS, kind, task).to(DEVICE, dtype)
+
+
+def accelerated(family: str, kind: str = "PROMPT_TUNING", task: str | None = None) -> nn.Module:
+    return accelerate(copy.deepcopy(plain(family, kind, task)))
+
+
+def batch_of(family: str, side: str, seed: int = 0) -> dict[str, Tensor]:
+    pad = plain(family).get_base_model().config.pad_token_id
+    batch = {key: value.to(DEVICE) for key, value in text(LENGTHS, side, pad, seed).items()}
+    if family in SEQ2SEQ:
+        batch["decoder_input_ids"] = text([4] * 5, seed=1)["input_ids"].to(DEVICE)
+    return batch
+
+
+def unpadded(batch: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    """Row i by itself, what belongs to its tokens cut to them."""
+    real = batch["attention_mask"][i].bool()
+    return {
+        key: value[i : i + 1] if key.startswith("decoder") else value[i : i + 1, real] for key, value in batch.items()
+    }
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict, **kwargs) -> Tensor:
+    return model(**batch, **kwargs).logits
+
+
+def by_row(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Plain PEFT's logits of each row, without those of the prompt; another adapter would have given others."""
+    found = []
+    for i, name in enumerate(NAMES):
+        alternatives = {}
+        for other in dict.fromkeys([name, *NAMES]):
+            with alone(model, other) as one:
+                out = logits(one, unpadded(batch, i))[0]
+            count = len(out) if "decoder_input_ids" in batch or out.dim() == 1 else LENGTHS[i]
+            alternatives[other] = out[-count:]
+        got = alternatives.pop(name)
+        assert not any(torch.allclose(got, other, atol=1e-2) for other in alternatives.values())
+        found.append(got)
+    return found
+
+
+def of_tokens(out: Tensor, batch: dict[str, Tensor], decoder: bool) -> list[Tensor]:
+    """Each row's logits at its tokens: after the longest prompt in a decoder, after their own one elsewhere."""
+    if out.dim() == 2 or "decoder_input_ids" in batch:
+        return list(out)
+    starts = [max(PROMPTS.values()) if decoder else PROMPTS.get(name, 0) for name in NAMES]
+    rows = zip(out, starts, batch["attention_mask"].bool(), strict=True)
+    return [row[start : start + len(real)][real] for row, start, real in rows]
+
+
+def assert_rows(family: str, batch: dict, kind: str = "PROMPT_TUNING", task: str | None = None) -> None:
+    out = logits(accelerated(family, kind, task), batch, adapter_names=NAMES)
+    got = torch.cat([row.flatten() for row in of_tokens(out, batch, family in CAUSAL)])
+    same, fp64 = (
+        torch.cat([row.flatten() for row in by_row(plain(family, kind, task, dtype), in_dtype(batch, dtype))])
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_like_torch(got, same, fp64)
+
+
+def in_dtype(batch: dict, dtype: torch.dtype) -> dict:
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()}
+
+
+class TestForward:
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_rows_are_pefts_unpadded_ones(self, family, side):
+        if family in ENCODERS and side == "left":
+            pytest.skip("a classifier reads the first slot: text is padded on the right")
+        assert_rows(family, batch_of(family, side))
+
+    @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+    def test_p_tuning(self, family):
+        assert_rows(family, batch_of(family, "right"), kind="P_TUNING")
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("family", ENCODERS)
+    def test_every_token_of_an_encoder(self, family, side):
+        assert_rows(family, batch_of(family, side), task="TOKEN_CLS")
+
+    @pytest.mark.parametrize("family", ["llama", "opt", "t5-gated", "roberta"])
+    def test_inputs_embeds(self, family):
+        batch = batch_of(family, "right")
+        words = plain(family).get_base_model().get_input_embeddings()
+        batch["inputs_embeds"] = words(batch.pop("input_ids")).detach()
+        assert_rows(family, batch)
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_classifier_that_reads_the_last_token(self, family, side):
+        """PEFT's reads the last slot, be it padding."""
+        assert_rows(family, batch_of(family, side), task="SEQ_CLS")
+        batch = batch_of(family, side)
+        words = plain(family, task="SEQ_CLS").get_base_model().get_input_embeddings()
+        batch["inputs_embeds"] = words(batch.pop("input_ids")).detach()
+        assert_rows(family, batch, task="SEQ_CLS")
+
+    def test_token_types_follow_their_tokens(self):
+        """PEFT puts zeros before them, as here."""
+        batch = batch_of("bert", "right")
+        batch["token_type_ids"] = torch.randint(0, 2, batch["input_ids"].shape, device=DEVICE)
+        assert_rows("bert", batch)
+        types = batch["token_type_ids"]
+        out = logits(accelerated("bert"), batch | {"token_type_ids": 1 - types}, adapter_names=NAMES)
+        assert not torch.allclose(out, logits(accelerated("bert"), batch, adapter_names=NAMES), atol=1e-2)
+
+    def test_pefts_left_padding_stands_between_prompt_and_text(self):
+        """PEFT's rows with padding on the left are not those without; ours are, as above."""
+        batch, model = batch_of("llama", "left"), plain("llama")
+        want = by_row(model, batch)
+        with alone(model, "short"):
+            got = logits(model, batch)
+        torch.testing.assert_close(got[0, PROMPTS["short"] :], want[0])  # a row without padding
+        assert not torch.allclose(got[3, -LENGTHS[3] :], want[3], atol=1e-2)
+
+    def test_positional_arguments(self):
+        batch, model = batch_of("llama", "left"), accelerated("llama")
+        want = logits(model, batch, adapter_names=NAMES)
+        got = model(batch["input_ids"], batch["attention_mask"], adapter_names=NAMES).logits
+        assert torch.equal(got, want)
+
+    def test_position_ids_are_the_prompts(self):
+        """As PEFT does, positions that were given are replaced."""
+        batch, model = batch_of("llama", "left"), accelerated("llama")
+        got = logits(model, batch | {"position_ids": torch.zeros_like(batch["input_ids"])}, adapter_names=NAMES)
+        assert torch.equal(got, logits(model, batch, adapter_names=NAMES))
+
+    def test_without_a_mask(self):
+        batch, model = text([6] * 5), accelerated("llama")
+        want = logits(model, batch, adapter_names=NAMES)
+        assert torch.equal(logits(model, {"input_ids": batch["input_ids"]}, adapter_names=NAMES), want)
+
+    @pytest.mark.parametrize("family, side", [
+        ("llama", "left"), ("llama", "right"), ("gemma", "left"), ("t5", "left"), ("t5", "right"), ("bert", "right"),
+    ])  # fmt: skip
+    def test_loss(self, family, side):
+        """Labels move with their tokens, none is on a prompt: the mean over the rows' own losses."""
+        batch, ours, theirs = batch_of(family, side), accelerated(family), plain(family)
+        if family == "bert":
+            labels = torch.tensor([0, 2, 1, 1, 0], device=DEVICE)
+            counts = torch.ones(5)
+        elif family == "t5":
+            labels = batch.pop("decoder_input_ids")
+            counts = torch.full((5,), labels.shape[1])
+        else:
+            labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+            # a causal model predicts a row's first token from its prompt
+            counts = torch.tensor([n - (name == BASE) for n, name in zip(LENGTHS, NAMES, strict=True)])
+        losses = []
+        for i, name in enumerate(NAMES):
+            row = unpadded(batch, i)
+            mine = labels[i : i + 1] if family != "llama" and family != "gemma" else row["input_ids"]
+            with alone(theirs, name) as one:
+                losses.append(one(**row, labels=mine).loss.item())
+        want = (torch.tensor(losses) * counts).sum() / counts.sum()
+        got = ours(**batch, labels=labels, adapter_names=NAMES).loss.item()
+        assert got == pytest.approx(want.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("family", ["llama", "t5", "bert", "roberta"])
+    def test_base_rows_alone(self, family):
+        """Whether or not another row of the batch has a prompt."""
+        batch, model = batch_of(family, "left"), accelerated(family)
+        got = logits(model, batch, adapter_names=[BASE] * 5)
+        mixed = logits(model, batch, adapter_names=NAMES)
+        tokens = [*zip(list(got), batch["attention_mask"].bool(), strict=True)]
+        got = [row[real] if family == "llama" else row for row, real in tokens]
+        mixed = of_tokens(mixed, batch, family in CAUSAL)
+        for i in (1, 4):
+            torch.testing.assert_close(mixed[i], got[i], rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+    def test_other_rows_leave_a_row_alone(self, family):
+        model, batch = accelerated(family), batch_of(family, "left")
+        words = model.get_base_model().get_input_embeddings()
+        batch["inputs_embeds"] = words(batch.pop("input_ids")).detach()
+        want = logits(model, batch, adapter_names=NAMES)
+        for i in range(5):
+            others = torch.arange(5, device=DEVICE) != i
+            disturbed = batch | {"inputs_embeds": batch["inputs_embeds"].clone()}
+            disturbed["inputs_embeds"][others] = float("nan")
+            names = [name if j == i else NAMES[::-1][j] for j, name in enumerate(NAMES)]
+            names[0 if i else 2] = "long"  # the batch's longest prompt, which sets its length
+            if names[i] != NAMES[i]:
+                continue
+            assert torch.equal(logits(model, disturbed, adapter_names=names)[i], want[i])
+
+    def test_an_adapter_loaded_for_inference(self, tmp_path):
+        """Saved by PEFT as a table, without its encoder; the same rows come out."""
+        model, batch = accelerated("llama", "P_TUNING"), batch_of("llama", "left")
+        want = logits(model, batch, adapter_names=NAMES)
+        model.save_pretrained(tmp_path)
+        base = copy.deepcopy(plain("llama", "P_TUNING")).get_base_model()
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "short", adapter_name="short")
+        accelerate(loaded)
+        loaded.load_adapter(tmp_path / "long", adapter_name="long")
+        assert all(config.inference_mode for config in loaded.peft_config.values())
+        torch.testing.assert_close(logits(loaded.eval(), batch, adapter_names=NAMES), want, rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize("family", ["llama", "t5"])
+    def test_disabled_adapters(self, family):
+        """Then every row is the base model's, in generate() too. (BERT's prompts PEFT cannot disable: it raises.)"""
+        model, batch = accelerated(family), batch_of(family, "right")
+        want = logits(model, batch, adapter_names=[BASE] * 5)
+        with model.disable_adapter():
+            assert torch.equal(logits(model, batch, adapter_names=NAMES), want)
+        decoder_ids = {"decoder_input_ids": batch.pop("decoder_input_ids")} if family == "t5" else {}
+        options = dict(max_new_tokens=6, do_sample=False)
+        tokens = model.generate(**batch, **options, adapter_names=[BASE] * 5)
+        with model.disable_adapter():
+            assert torch.equal(model.generate(**batch, **options, adapter_names=NAMES), tokens)
+        assert not torch.equal(logits(model, batch | decoder_ids, adapter_names=NAMES)[0], want[0])
+
+    def test_without_names_and_restored(self):
+        plainly, model = plain("llama"), accelerated("llama")
+        batch = batch_of("llama", "left")
+        for name in ("short", "long"):
+            with alone(plainly, name), alone(model, name):
+                want = logits(plainly, batch)
+                assert torch.equal(logits(model, batch), want)
+        attributes = [set(vars(module)) for module in plainly.modules()]
+        assert [set(vars(module)) for module in restore(model).modules()] == attributes
+        assert torch.equal(logits(model, batch), want)
+
+
+class TestGeneration:
+    def run(self, model, batch, **options) -> Tensor:
+        return model.generate(**batch, **dict(max_new_tokens=16, do_sample=False) | options)
+
+    def text(self, family: str, side: str) -> dict[str, Tensor]:
+        batch = batch_of(family, side)
+        batch.pop("decoder_input_ids", None)
+        return batch
+
+    def new_tokens(self, family: str, out: Tensor, length: int) -> Tensor:
+        return out[..., length if family in CAUSAL else 1 :]
+
+    def compare(self, family: str, side: str, kind: str = "PROMPT_TUNING", **options) -> None:
+        batch, theirs = self.text(family, side), plain(family, kind)
+        got = self.run(accelerated(family, kind), batch, **options, adapter_names=NAMES)
+        if family in CAUSAL:
+            assert torch.equal(got[:, : max(LENGTHS)], batch["input_ids"].repeat_interleave(len(got) // 5, 0))
+        got = self.new_tokens(family, got, max(LENGTHS)).view(5, len(got) // 5, -1)
+        for i, name in enumerate(NAMES):
+            with alone(theirs, name) as one:
+                want = self.new_tokens(family, self.run(one, unpadded(batch, i), **options), LENGTHS[i])
+            assert torch.equal(got[i], want), name
+        assert len({tuple(row[0].tolist()) for row in got}) == 5
+
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize(
+        "family", [nightly(f) if f in ("mistral", "qwen2", "phi3") else f for f in CAUSAL + SEQ2SEQ]
+    )
+    def test_tokens_are_pefts_unpadded_ones(self, family, side, beams):
+        if family in CAUSAL and side == "right":
+            pytest.skip("a decoder continues its last slot: text is padded on the left")
+        long = family in ("llama", "t5")
+        self.compare(family, side, num_beams=beams, max_new_tokens=64 if long else 16)
+
+    @pytest.mark.parametrize("family", ["llama", "t5-gated"])
+    def test_p_tuning(self, family):
+        self.compare(family, "left", "P_TUNING", num_beams=3)
+
+    @pytest.mark.parametrize("family", ["llama", "t5"])
+    def test_several_sequences(self, family):
+        self.compare(family, "left", num_beams=4, num_return_sequences=3)
+
+    def test_without_cache(self):
+        self.compare("llama", "left", use_cache=False, max_new_tokens=8)
+
+    @pytest.mark.parametrize("options", [
+        {"max_length": 20}, {"max_new_tokens": 9}, {"max_length": 30, "max_new_tokens": 9},
+        {"max_length": 12, "min_length": 9}, {},
+    ], ids=["total", "new", "both", "least", "default"])  # fmt: skip
+    def test_lengths_are_those_of_the_ids(self, options):
+        """A total counts the text and not the prompt: the base model's, whichever names there are."""
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        want = model.get_base_model().generate(**batch, **options, do_sample=False).shape
+        for names in (NAMES, [BASE] * 5, ["long"] * 5):
+            assert model.generate(**batch, **options, do_sample=False, adapter_names=names).shape == want
+
+    def test_a_generation_config(self):
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        config = copy.deepcopy(model.get_base_model().generation_config)
+        config.max_length = 11
+        assert model.generate(**batch, generation_config=config, adapter_names=NAMES).shape == (5, 11)
+        assert config.max_length == 11
+
+    def test_ids_alone(self):
+        model, ids = accelerated("gpt2"), text([6] * 5)["input_ids"].to(DEVICE)
+        want = self.run(model, {"input_ids": ids}, adapter_names=NAMES)
+        for args, kwargs in (((ids,), {}), ((), {"inputs": ids})):
+            got = model.generate(*args, **kwargs, max_new_tokens=16, do_sample=False, adapter_names=NAMES)
+            assert torch.equal(got, want)
+
+
+class TestRefused:
+    @pytest.fixture(scope="class")
+    def model(self):
+        return accelerated("llama")
+
+    @pytest.mark.parametrize("name", ["start_positions", "end_positions", "past_key_values"])
+    def test_arguments_that_prompts_would_move(self, model, name):
+        batch = batch_of("llama", "left") | {name: torch.zeros(5, device=DEVICE)}
+        with pytest.raises(ValueError, match=f"adapter_names: {name} cannot be given together with prompt adapters"):
+            model(**batch, adapter_names=NAMES)
+
+    def test_no_text(self, model):
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds must be given with prompt adapters, got neit"):
+            model(attention_mask=torch.ones(5, 3), adapter_names=NAMES)
+
+    def test_generate_from_embeddings(self, model):
+        with pytest.raises(ValueError, match="with prompt adapters must be given input_ids, not inputs_embeds"):
+            model.generate(inputs_embeds=torch.zeros(5, 3, 64, device=DEVICE), adapter_names=NAMES)
+
+    def test_generate_with_positional_arguments(self, model):
+        batch = batch_of("llama", "left")
+        with pytest.raises(TypeError, match="with prompt adapters takes keyword arguments"):
+            model.generate(batch["input_ids"], None, adapter_names=NAMES)
+
+    @pytest.mark.parametrize(
+        "name", ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"]
+    )
+    def test_what_generate_cannot_do_with_prompts(self, model, name):
+        value = [None] if name == "past_key_values" else 1
+        with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
+            model.generate(**batch_of("llama", "left"), adapter_names=NAMES, **{name: value})
+
+    def test_generate_into_an_empty_cache(self, model):
+        batch, options = batch_of("llama", "left"), dict(max_new_tokens=4, do_sample=False, adapter_names=NAMES)
+        cache = transformers.DynamicCache(config=model.get_base_model().config)
+        assert torch.equal(
+            model.generate(**batch, past_key_values=cache, **options), model.generate(**batch, **options)
+        )
+        with pytest.raises(ValueError, match="must not be given past_key_values"):
+            model.generate(**batch, past_key_values=cache, **options)
+
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_images_whose_positions_come_from_ids(self, generate):
+        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+        rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+        config = transformers.Qwen2VLConfig(
+            text_config=dict(**sizes, num_key_value_heads=2, vocab_size=VOCAB, rope_parameters=rope),
+            vision_config=dict(embed_dim=32, hidden_size=64, depth=1, num_heads=2),
+        )
+        base = transformers.Qwen2VLForConditionalGeneration(config)
+        prompt = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=64, num_layers=1, num_attention_heads=4
+        )
+        model = accelerate(peft.get_peft_model(base, prompt, "red").to(DEVICE).eval())
+        batch = batch_of("llama", "left")
+        call = model.generate if generate else model
+        assert call(**batch, adapter_names=["red", "__base__"] * 2 + ["red"]) is not None
+        with pytest.raises(ValueError, match="image_grid_thw must not be given .* whose positions of images come from"):
+            call(**batch, image_grid_thw=torch.ones(1, 3), adapter_names=["red"] * 5)
+
+    def test_a_total_length_within_the_text(self, model):
+        with pytest.raises(ValueError, match="max_length must exceed the 7 input ids, got 7"):
+            model.generate(**batch_of("llama", "left"), max_length=7, adapter_names=NAMES)
