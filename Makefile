@@ -60,10 +60,13 @@ ifdef TRITON
 endif
 	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
 
-bench: setup  ## every operator beside its peers: tables and plots in out/bench; ARGS=--quick walks the path
-	$(PY) -m pytest bench -q -r fE --benchmark-autosave --benchmark-columns=median,rounds $(ARGS)
-	$(PY) -m bench.report --out out/bench
-	$(PY) -m bench.overhead --json out/bench/overhead.json
+# what is not the whole suite goes to out/bench, and a quick run is none to compare with
+PARTIAL = $(if $(ARGS),out/bench)
+RUNS = $(if $(findstring --quick,$(ARGS)),out/bench/runs,.benchmarks)
+bench: setup  ## every operator beside its peers: results, tables and plots in bench/results; ARGS=--quick walks the path
+	$(PY) -m pytest bench -q -r fE --benchmark-autosave --benchmark-storage=$(RUNS) --benchmark-columns=median,rounds $(ARGS)
+	$(PY) -m bench.report --storage $(RUNS) $(if $(PARTIAL),--out $(PARTIAL))
+	$(PY) -m bench.overhead --json $(or $(PARTIAL),bench/results/cpu)/overhead.json
 
 bench-compare: $(INSTALLED)  ## the last two runs of `make bench` against each other: over 15 % slower fails
 	$(PY) -m bench.report --compare

@@ -5,8 +5,10 @@ come from memory as they do in a model; or, on request, wall time of windows of 
 CPU: wall time of windows of calls.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -22,6 +24,35 @@ class Ratio(NamedTuple):
     ratio: float
     low: float
     high: float
+
+
+class Pieces(dict):
+    """Results that are written as they come, so that what is killed can go on where it stopped.
+
+    Args:
+        path: a JSON file, or None: nothing is written.
+        place: what the file says first.
+        resume: what the file already holds is kept; otherwise it is begun anew.
+        budget: seconds, after which no piece is begun.
+    """
+
+    def __init__(self, path: str | None, place: dict, resume: bool = False, budget: float = float("inf")):
+        super().__init__(place)
+        self.path, self.end = path and Path(path), time.monotonic() + budget
+        if resume and self.path and self.path.exists():
+            self |= json.loads(self.path.read_text())
+
+    def add(self, name: str, measure: Callable[[], object]) -> None:
+        if name in self:
+            return
+        if time.monotonic() > self.end:
+            print(f"left out, the budget is spent: {name}")
+            return
+        self[name] = measure()
+        if self.path:  # replaced in one step: a file half written could not be read again
+            half = self.path.with_suffix(".part")
+            half.write_text(json.dumps(self, indent=2) + "\n")
+            half.replace(self.path)
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:

@@ -50,8 +50,14 @@ def environment() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {name: metadata.version(name) for name in ("torch", "triton", "peft") if _installed(name)}
     device = torch.cuda.get_device_name() if cuda else _cpu()
-    python = platform.python_version()
-    return versions | {"device": device, "threads": torch.get_num_threads(), "python": python, "commit": commit}
+    python, kind = platform.python_version(), "gpu" if cuda else "cpu"
+    return versions | {
+        "kind": kind,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "python": python,
+        "commit": commit,
+    }
 
 
 def _cpu() -> str:

@@ -38,6 +38,7 @@ def cases(gradients: bool) -> dict[str, Callable[[], object]]:
     first, second, ids = torch.randn(N, K), torch.randn(N, K), torch.tensor([0, -1, 2, 1])
     tokens, embedding, prompts = torch.randint(0, 10, (M, S)), torch.randn(10, E), table(TASKS, 2, E)
     plan, l = peft_ops.plan_tasks(ids, M * S, TASKS), table(TASKS, N)  # noqa: E741
+    starts = torch.arange(0, M * S + 1, S, dtype=torch.int32)
     p = peft_ops
     return {
         "ia3_scale": partial(p.ia3_scale, gate, l, ids),
@@ -50,6 +51,9 @@ def cases(gradients: bool) -> dict[str, Callable[[], object]]:
         "ia3_glu": partial(p.ia3_glu, gate, up, l, ids),
         "ia3_glu_linear": partial(p.ia3_glu_linear, x, first, second, ia3_l=l, task_ids=ids),
         "prompt_concat": partial(p.prompt_concat, tokens, embedding, prompts, ids),
+        "prompt_concat_packed": partial(
+            p.prompt_concat_packed, tokens.flatten(), starts, embedding, prompts, ids, max_seqlen=S
+        ),
         "prompt_embed": partial(p.prompt_embed, tokens, embedding, prompts, ids),
         "plan_tasks": partial(p.plan_tasks, ids, M * S, TASKS),
         "ia3_fold": partial(p.ia3_fold, first, bias, table(N)),

@@ -1,6 +1,7 @@
 """What was measured, as tables and plots.
 
-    python -m bench.report [FILE] [--out DIR]   # a saved run of the suite (the newest), or JSON lines of bench.matrix
+    python -m bench.report [FILE] [--out DIR]   # a saved run of the suite (the newest), or JSON lines of bench.matrix,
+                                                # into bench/results/cpu or, measured there, gpu
     python -m bench.report --compare            # the last two saved runs; fails where a median is over 15 % slower
     python -m bench.report --pages              # the tables of README.md and docs/performance.md, from bench/results
 
@@ -204,6 +205,8 @@ def slower(before: Path, after: Path, gate: float = GATE) -> tuple[list[str], in
             raise ValueError(f"the runs cannot be compared: {key} was {was}, and is {now}")
     medians = [{one["fullname"]: one["stats"]["median"] for one in run["benchmarks"]} for run in (old, new)]
     both = [name for name in medians[1] if name in medians[0]]
+    if not both:
+        raise ValueError("the runs cannot be compared: they have no benchmark in common")
     change = {name: medians[1][name] / medians[0][name] for name in both}
     return [f"{change[name]:.2f} x  {name.partition('::')[2]}" for name in both if change[name] > gate], len(both)
 
@@ -227,6 +230,52 @@ def demo(results: Path) -> str:
         p, their_p = ratio["peft_ops P-Tuning, mixed batch"], ratio["PEFT P-Tuning, adapter by adapter"]
         lines.append([title, "", f"{ia3} (PEFT, adapter by adapter: {theirs})", f"{p} (PEFT: {their_p})"])
     return markdown(["", "frozen model, trained head", "(IA)^3", "P-Tuning"], lines)
+
+
+def templates(results: Path) -> str:
+    found = json.loads((results / "cpu/templates.json").read_text())["relations"]
+    lines = []
+    for r in found:
+        *cells, control, chance = (
+            f"{100 * r[key]:.1f}"
+            for key in ("best", "worst", "one_word", "p_tuning", "chance", "control", "control_chance")
+        )
+        lines.append([r["name"], *cells, f"{control} ({chance})"])
+    header = "best wording", "worst", "one word, up to", "P-Tuning", "chance", "control (its chance)"
+    return markdown(["held-out accuracy, %", *header], lines)
+
+
+def task_bank(results: Path) -> str:
+    found, shares = json.loads((results / "cpu/task_bank.json").read_text()), {}
+    for one in found["zipf"]:
+        shares.setdefault(one["exponent"], {})[one["slots"]] = one["on the device"]
+    row = 2 * found["numbers per task"]  # bytes; a table has two rows more than slots
+
+    def title(slots: int) -> str:
+        size = (slots + 2) * row / 1e6
+        return f"{slots:,} slots, {f'{size:.0f} MB' if size < 1e3 else f'{size / 1e3:.2f} GB'}"
+
+    header = ["exponent", *map(title, next(iter(shares.values())))]
+    return markdown(header, ([f"{e}", *(f"{share:.2f}" for share in known.values())] for e, known in shares.items()))
+
+
+def bank_swaps(results: Path) -> str:
+    found = json.loads((results / "cpu/task_bank.json").read_text())["ms per batch of one task"]
+    times = {name: f"{ms:.2g}" for name, ms in found.items() if not name.startswith("bytes")}
+    return markdown(["one task's batch", *times], [["ms", *times.values()]])
+
+
+def drop_in(results: Path) -> str:
+    path = results / "cpu/drop_in.json"
+    if not path.exists():
+        return NOT_MEASURED
+    tables = {k: v for k, v in json.loads(path.read_text()).items() if k.endswith("(median, p10, p90)")}
+    lines = []
+    for title, ratios in tables.items():
+        noise = "{1:.3f}-{2:.3f}".format(*ratios[BASELINE_AGAIN])
+        over = title.removesuffix(" (median, p10, p90)")
+        lines += [[over, n, f"{r[0]:.3f}", noise] for n, r in list(ratios.items())[1:] if n != BASELINE_AGAIN]
+    return markdown(["", "model", "time", "noise"], lines)
 
 
 def training(results: Path) -> str:
@@ -261,6 +310,10 @@ def operators(device: str, table: Callable[[list[dict]], str]) -> Callable[[Path
 
 BLOCKS = {
     "demo": demo,
+    "templates": templates,
+    "task bank": task_bank,
+    "task bank swaps": bank_swaps,
+    "drop-in": drop_in,
     "training": training,
     "overhead": overhead,
     "cpu": operators("cpu", summary_table),
@@ -276,13 +329,13 @@ def filled(page: str, results: Path = RESULTS) -> str:
     def block(match: re.Match) -> str:
         return f"{match[1]}\n\n{BLOCKS[match[2]](results)}\n\n{match[3]}"
 
-    return re.sub(r"(<!-- results: ([\w ]+) -->)\n.*?\n(<!-- end -->)", block, page, flags=re.S)
+    return re.sub(r"(<!-- results: ([\w -]+) -->)\n.*?\n(<!-- end -->)", block, page, flags=re.S)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="the newest saved run if left out")
-    parser.add_argument("--out", type=Path, default=ROOT / "out/bench")
+    parser.add_argument("--out", type=Path, help="bench/results/cpu or gpu if left out")
     parser.add_argument("--storage", type=Path, default=STORAGE, help="where the suite saves its runs")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--pages", action="store_true")
@@ -303,7 +356,7 @@ def main() -> None:
     rows = load(args.file or runs[-1])
     if not rows:
         parser.error(f"{args.file or runs[-1]} holds no times")
-    print(ratio_table(rows), *write(rows, args.out), sep="\n")
+    print(ratio_table(rows), *write(rows, args.out or RESULTS / rows[0]["kind"]), sep="\n")
 
 
 if __name__ == "__main__":

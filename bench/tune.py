@@ -2,6 +2,7 @@
 
     python -m bench.tune                         # every layer and row count of bench/shapes.py
     python -m bench.tune --match kv --rows 1 16  # some of them
+    python -m bench.tune --json FILE --budget 500  # kept as they come; the same command goes on where it stopped
     python -m bench.tune --dry-run               # without a GPU: what would be measured, and what to expect
 
 A candidate is checked against fp64 before it is timed. A line is printed only where one beats what runs now by more
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import peft_ops
 from bench import model, offline
-from bench.harness import BASELINE_AGAIN, Ratio, compare, copies_for
+from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare, copies_for
 from bench.shapes import LAYERS, ROWS, VIRTUAL_TOKENS, Layer
 from peft_ops import reference
 from peft_ops.kernels import tiles
@@ -31,7 +32,8 @@ class Inputs:
     """One set of buffers of a layer: random, at the scale of activations and of trained vectors.
 
     xs: what comes in, [sequences, tokens, features]: x, gate and up of an elementwise gate, or token ids.
-    weights: frozen; of prompts, the embedding (of "added", also positions and token types). tables: trained, one row per task.
+    weights: frozen; of prompts, the embedding, and of "added", positions and token types. tables: trained, one row per
+    task.
     trains: the gradients of xs and tables belong to it, at the outputs' gradients dys.
     """
 
@@ -211,6 +213,15 @@ def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dic
     return [f"    {key!r}: {value!r},  {note}" for key, value in pasted.items()]
 
 
+def measured_lines(layer: Layer, M: int, device: torch.device, seconds: float) -> list[str]:
+    """Prints every candidate's time, and returns the lines to paste."""
+    with torch.no_grad():
+        ratios, entries = measure(layer, M, device, seconds)
+    for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
+        print(f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})")
+    return lines(layer, M, ratios, entries)
+
+
 def expectations(layer: Layer, M: int, capability: int) -> list[str]:
     base = model.bare(layer, M, tiles.chip(capability))
     return [
@@ -224,6 +235,8 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only layers whose name contains this")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on one layer and row count")
+    parser.add_argument("--json", help="keep the lines to paste here")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, after which no layer is begun")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--sm", type=int, default=90, choices=sorted(tiles.CHIPS), help="for --dry-run")
     args = parser.parse_args()
@@ -240,16 +253,10 @@ def main() -> None:
         parser.error("no GPU here: --dry-run shows what would be measured")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    pasted = []
+    found = Pieces(args.json, {}, resume=True, budget=args.budget)
     for layer, M in work:
-        with torch.no_grad():
-            ratios, entries = measure(layer, M, device, args.seconds)
-        for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
-            print(
-                f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})"
-            )
-        pasted += lines(layer, M, ratios, entries)
-    print("\n".join(["", "TUNED = {", *pasted, "}"]))
+        found.add(f"{layer.name} {M}", lambda layer=layer, M=M: measured_lines(layer, M, device, args.seconds))
+    print("\n".join(["", "TUNED = {", *(line for lines in found.values() for line in lines), "}"]))
 
 
 if __name__ == "__main__":

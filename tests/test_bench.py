@@ -12,7 +12,7 @@ import torch
 
 import peft_ops
 from bench import gpu_check, matrix, model, overhead, report, task_bank, tune
-from bench.harness import BASELINE_AGAIN, Ratio, compare
+from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare
 from bench.shapes import CASES, CPU_CASES, LAYERS, QUICK_CASES, QUICK_LAYERS, ROWS, Case, Layer
 from peft_ops.kernels import tiles
 from tests.conftest import DEVICE, KERNELS
@@ -253,6 +253,7 @@ def saved_run(slowdown: float = 1.0, **environment) -> dict:
     """What pytest-benchmark saves of two shapes."""
     place = {
         "device": "a CPU",
+        "kind": "cpu",
         "threads": 2,
         "torch": "2.13.0",
         "commit": "abc",
@@ -297,7 +298,7 @@ def test_report_reads_a_saved_run(store, tmp_path):
     assert len(rows) == 5 and rows[0]["us"] == {"bare": 2.0, "peft_ops": 2.0, "eager": 2.0}
     assert rows[0]["ratio"]["peft_ops"] == [1.125, 1.0, 1.5] and rows[0]["device"] == "a CPU"
     table = report.ratio_table(rows)
-    assert "| T0-3B kv | decode | 8 | 8 | 2.0 | 1.12 |  | 1.25 |  |  | 0.98-1.03 |" in table.splitlines()
+    assert "| T0-3B kv | decode | 8 | 8 | 2.0 | 1.12 | 1.25 | 0.98-1.03 |" in table.splitlines()
     assert "| T0-3B kv | 1.12 (1.25) | 1.12 (1.25) |" in report.summary_table(rows).splitlines()
     written = {path.name for path in report.write(rows, tmp_path / "out")}
     plots = {f"{name}.{kind}" for name in report.PLOTS for kind in ("svg", "png")}
@@ -326,13 +327,21 @@ def test_compare_holds_the_last_two_runs(store, monkeypatch, capsys):
     store(2, saved_run())
     store(3, saved_run(slowdown=1.14))
     assert compare_runs()[0] == 0
-    store(4, saved_run(slowdown=1.14 * 1.16))
+    store(4, saved_run(slowdown=1.14 * 1.2))
     code, printed = compare_runs()
-    assert code == 1 and "15 benchmarks, 1 over" in printed and "1.16 x  test_operator[B-decode-64-peft_ops]" in printed
+    assert code == 1 and "15 benchmarks, 1 over" in printed and "1.20 x  test_operator[B-decode-64-peft_ops]" in printed
     store(5, saved_run(threads=8))
     monkeypatch.setattr("sys.argv", ["report", "--compare", "--storage", str(store.folder)])
     with pytest.raises(ValueError, match="the runs cannot be compared: threads was 2, and is 8"):
         report.main()
+
+
+def test_compare_wants_something_to_compare(store):
+    other = saved_run()
+    for one in other["benchmarks"]:
+        one["fullname"] += "quick"
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        report.slower(store(1, saved_run()), store(2, other))
 
 
 @pytest.mark.parametrize("page", report.PAGES)
@@ -342,8 +351,20 @@ def test_tables_come_from_committed_results(page, tmp_path):
     outside = re.sub(r"<!-- results: .*?<!-- end -->", "", text, flags=re.S)
     measured = [line for line in outside.splitlines() if line.startswith("|") and re.search(r"\d\.\d", line)]
     assert not measured, "numbers that no result file holds"
-    names = re.findall(r"<!-- results: ([\w ]+) -->", text)
+    names = re.findall(r"<!-- results: ([\w -]+) -->", text)
     assert names and text.count("<!-- end -->") == len(names) and set(names) <= report.BLOCKS.keys()
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_another_digit_in_a_table_is_seen(page):
+    text, seen = (ROOT / page).read_text(), 0
+    for block in re.finditer(r"<!-- results: .*?<!-- end -->", text, flags=re.S):
+        for digit in re.finditer(r"(?<=[ .])\d(?=.*\|\n)", block[0]):
+            at = block.start() + digit.start()
+            changed = text[:at] + str(9 - int(text[at])) + text[at + 1 :]
+            assert report.filled(changed) != changed, changed[at - 20 : at + 20]
+            seen += 1
+    assert seen > (100 if page == "README.md" else 5)
 
 
 def test_pages_follow_the_results(tmp_path, store):
@@ -374,6 +395,43 @@ def test_overhead_is_of_the_same_call():
         measured.keys() == {"ia3_scale, one task"} and measured["ia3_scale, one task"].keys() == overhead.BUDGET.keys()
     )
     assert all(raw > 0 and raw + more > 0 for raw, more in measured["ia3_scale, one task"].values())
+
+
+def test_pieces_go_on_where_they_stopped(tmp_path, capsys):
+    path = str(tmp_path / "found.json")
+    first = Pieces(path, {"device": "a CPU"})
+    first.add("a", lambda: 1)
+    assert json.loads((tmp_path / "found.json").read_text()) == {"device": "a CPU", "a": 1}, "written as it comes"
+    late = Pieces(path, {}, resume=True, budget=-1)
+    late.add("a", lambda: 2)
+    late.add("b", lambda: 3)
+    assert late == first and "left out, the budget is spent: b" in capsys.readouterr().out
+    again = Pieces(path, {})
+    again.add("a", lambda: 4)
+    assert json.loads((tmp_path / "found.json").read_text()) == {"a": 4}
+
+
+def test_gpu_check_knows_all_that_prompts_come_with(monkeypatch):
+    """Without kernels too: each operator beside its reference, wrong values and wrong gradients are seen."""
+    device = torch.device("cpu")
+    named = dict(gpu_check.prompts(64, device))
+    assert {name.split()[0] for name in named} == {"prompt_concat", "prompt_concat_packed", "prompt_embed"}
+    picked = [name for name in named if "float16 added" in name or "packed" in name]
+    with peft_ops.set_backend("reference"):
+        assert all(named[name]() for name in picked)
+    right = peft_ops.prompt_concat
+
+    def shifted(*args, **kwargs):
+        batch = right(*args, **kwargs)
+        return batch._replace(position_ids=batch.position_ids + 1)
+
+    def detached(tokens, embedding, prompts, *args, **kwargs):
+        return right(tokens, embedding, prompts + prompts - prompts.detach(), *args, **kwargs)
+
+    for wrong in (shifted, detached):
+        monkeypatch.setattr(peft_ops, "prompt_concat", wrong)
+        with peft_ops.set_backend("reference"):
+            assert not named["prompt_concat left E=64 float16 added"]()
 
 
 def run_outside(command: list[str], **env: str) -> subprocess.CompletedProcess:
