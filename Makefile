@@ -21,7 +21,7 @@ endif
 
 PYTEST = $(PY) -m pytest --durations=5 $(ARGS)
 MAKEFLAGS += --keep-going  # a failing suite does not hide the next one; make still exits non-zero
-.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly sdist conformance kernels bench lint clean
+.PHONY: help setup demo demo-templates test test-native test-interpreter test-compile nightly sdist conformance kernels bench bench-compare lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -60,8 +60,16 @@ ifdef TRITON
 endif
 	$(if $(TRITON),PYTHONPATH=build/triton-$(TRITON)) $(PY) -m bench.offline $(ARGS)
 
-bench: setup  ## the CPU kernels beside PEFT's arithmetic
-	$(PY) -m bench.native_cpu $(ARGS)
+# what is not the whole suite goes to out/bench, and a quick run is none to compare with
+PARTIAL = $(if $(ARGS),out/bench)
+RUNS = $(if $(findstring --quick,$(ARGS)),out/bench/runs,.benchmarks)
+bench: setup  ## every operator beside its peers: results, tables and plots in bench/results; ARGS=--quick walks the path
+	$(PY) -m pytest bench -q -r fE --benchmark-autosave --benchmark-storage=$(RUNS) --benchmark-columns=median,rounds $(ARGS)
+	$(PY) -m bench.report --storage $(RUNS) $(if $(PARTIAL),--out $(PARTIAL))
+	$(PY) -m bench.overhead --json $(or $(PARTIAL),bench/results/cpu)/overhead.json
+
+bench-compare: $(INSTALLED)  ## the last two runs of `make bench` against each other: over 15 % slower fails
+	$(PY) -m bench.report --compare
 
 lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree
 	$(PY) -m ruff check .

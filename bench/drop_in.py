@@ -1,26 +1,32 @@
 """What adapters cost a whole model: PEFT's (IA)^3, and the same model after `accelerate`, over the bare model.
 
     python -m bench.drop_in                # a Llama in bf16: a forward over 8 x 64 tokens, and decoding 8 rows
-    python -m bench.drop_in --json FILE
+    python -m bench.drop_in --json FILE    # tables are written as they come; --resume goes on where it stopped
+    python -m bench.drop_in --quick        # a tiny model, a moment for each table: walks the whole path
 
-Random weights; every model has the same. Times are ABBA-interleaved with the bare model, or with the batch of one task.
+Random weights; every model has the same. Times are ABBA-interleaved with the bare model, or with the batch of one task;
+on a GPU too what a caller waits for.
 """
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from bench.harness import Ratio, compare
+from bench.harness import Pieces, Ratio, compare
+from bench.matrix import environment
 from peft_ops.integrations.peft import accelerate
 
 TASKS = [f"task{i}" for i in range(8)]
 LLAMA = dict(
     hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4,
     vocab_size=4096,
+)  # fmt: skip
+QUICK = dict(
+    hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=256,
 )  # fmt: skip
 BARE, SINGLE = "bare model", "one task"
 
@@ -98,20 +104,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="also write the result here")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend on each of six tables")
+    parser.add_argument("--resume", action="store_true", help="leave out tables that the file already holds")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, after which no table is begun")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    models = make_models(LLAMA, device)
-    found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device), "model": LLAMA}
-    for title, new in (("forward, 8 x 64 tokens", None), ("generate, 8 rows, 32 tokens after 1", 32)):
+    device, sizes = torch.device(args.device), QUICK if args.quick else LLAMA
+    seconds, new_tokens = (0.01, 2) if args.quick else (args.seconds, 32)
+    models = make_models(sizes, device)
+    found = Pieces(args.json, environment() | {"device type": device.type, "model": sizes}, args.resume, args.budget)
+    for title, new in (
+        ("forward, 8 x 64 tokens", None),
+        (f"generate, 8 rows, {new_tokens} tokens after 1", new_tokens),
+    ):
         tables = calls(models, 8, 64 if new is None else 1, new)
         for over, table in zip(("bare model", "one task", "one task, LoRA"), tables, strict=True):
-            ratios = compare(table, next(iter(table)), 1, device, args.seconds)
-            found[f"{title}, over {over} (median, p10, p90)"] = show(f"{title}, over {over}", ratios)
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump(found, f, indent=2)
-            f.write("\n")
+            name = f"{title}, over {over}"
+
+            def measured(name=name, table=table) -> dict:
+                return show(name, compare(table, next(iter(table)), 1, device, seconds, wall=True))
+
+            found.add(f"{name} (median, p10, p90)", measured)
 
 
 if __name__ == "__main__":

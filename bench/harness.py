@@ -1,11 +1,14 @@
 """Ratios that can be trusted: each run ABBA-interleaved with a baseline, beside what that gives against itself.
 
 CUDA: a captured graph of several calls, each on buffers of its own, together three times the L2 cache, so that weights
-come from memory as they do in a model. CPU: wall time of windows of calls.
+come from memory as they do in a model; or, on request, wall time of windows of calls that end in a synchronisation.
+CPU: wall time of windows of calls.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -21,6 +24,35 @@ class Ratio(NamedTuple):
     ratio: float
     low: float
     high: float
+
+
+class Pieces(dict):
+    """Results that are written as they come, so that what is killed can go on where it stopped.
+
+    Args:
+        path: a JSON file, or None: nothing is written.
+        place: what the file says first.
+        resume: what the file already holds is kept; otherwise it is begun anew.
+        budget: seconds, after which no piece is begun.
+    """
+
+    def __init__(self, path: str | None, place: dict, resume: bool = False, budget: float = float("inf")):
+        super().__init__(place)
+        self.path, self.end = path and Path(path), time.monotonic() + budget
+        if resume and self.path and self.path.exists():
+            self |= json.loads(self.path.read_text())
+
+    def add(self, name: str, measure: Callable[[], object]) -> None:
+        if name in self:
+            return
+        if time.monotonic() > self.end:
+            print(f"left out, the budget is spent: {name}")
+            return
+        self[name] = measure()
+        if self.path:  # replaced in one step: a file half written could not be read again
+            half = self.path.with_suffix(".part")
+            half.write_text(json.dumps(self, indent=2) + "\n")
+            half.replace(self.path)
 
 
 def copies_for(nbytes: int, device: torch.device) -> int:
@@ -54,34 +86,42 @@ def graph_timer(call: Callable[[int], object], copies: int, device: torch.device
     return run
 
 
-def wall_timer(call: Callable[[int], object], copies: int, window: float = 2e-3) -> Callable[[], float]:
-    """Seconds per call in a window of calls long enough for the clock."""
-    call(0)
-    started = time.perf_counter()
-    call(0)
-    count = max(1, int(window / max(time.perf_counter() - started, 1e-7)))
+def wall_timer(
+    call: Callable[[int], object], copies: int, device: torch.device, window: float = 2e-3
+) -> Callable[[], float]:
+    """Seconds per call in a window of calls long enough for the clock, until the last one's work is done."""
 
-    def run() -> float:
+    def window_of(count: int) -> float:
         begin = time.perf_counter()
         for i in range(count):
             call(i % copies)
-        return (time.perf_counter() - begin) / count
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    window_of(1)  # compiles
+    once = min(window_of(1) for _ in range(3))  # one alone may have been interrupted
+    count = max(1, int(window / max(once, 1e-7)))
+
+    def run() -> float:
+        return window_of(count) / count
 
     return run
 
 
 def compare(
-    calls: dict[str, Callable[[int], object]], baseline: str, copies: int, device: torch.device, seconds: float = 1.0
-) -> dict[str, Ratio]:
+    calls: dict[str, Callable[[int], object]], baseline: str, copies: int, device: torch.device, seconds: float = 1.0,
+    wall: bool = False,
+) -> dict[str, Ratio]:  # fmt: skip
     """Each call against the baseline, and the baseline against itself under "A/A".
 
     Args:
         calls: by name; call(i) works on the i-th of `copies` sets of buffers.
         seconds: time to spend; at least 10 rounds are taken.
+        wall: on a GPU, what a caller waits for instead of the kernels' time. On a CPU it is always that.
     """
-    timer = graph_timer if device.type == "cuda" else wall_timer
-    arguments = (copies, device) if device.type == "cuda" else (copies,)
-    runs = {name: timer(call, *arguments) for name, call in calls.items()}
+    timer = graph_timer if device.type == "cuda" and not wall else wall_timer
+    runs = {name: timer(call, copies, device) for name, call in calls.items()}
     runs[BASELINE_AGAIN] = runs[baseline]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs if name != baseline}
     end = time.perf_counter() + seconds

@@ -10,7 +10,7 @@ as in every layer above the first adapter. Times are of forward and backward, AB
 import argparse
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,9 @@ LLAMA_3_8B = dict(
 )
 
 
-def saved_bytes(forward: Callable[[], object], module: nn.Module) -> int:
-    """Bytes of the floating-point storages that `forward` keeps for its backward, parameters of `module` left out."""
-    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
+    """Bytes of the floating-point storages that `forward` keeps for its backward, those of `known` left out."""
+    known = {t.untyped_storage().data_ptr() for t in known}
     kept = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def layers(sizes: dict, sequences: int, tokens: int, device: str = "cpu") -> dic
 
 
 def kept_bytes(forwards: dict[str, Callable[[], Tensor]]) -> dict[str, int]:
-    return {name: saved_bytes(forward, forward.module) for name, forward in forwards.items()}
+    return {name: saved_bytes(forward, forward.module.parameters()) for name, forward in forwards.items()}
 
 
 def step(forward: Callable[[], Tensor]) -> Callable[[int], None]:

@@ -2,6 +2,7 @@
 
     python -m bench.tune                         # every layer and row count of bench/shapes.py
     python -m bench.tune --match kv --rows 1 16  # some of them
+    python -m bench.tune --json FILE --budget 500  # kept as they come; the same command goes on where it stopped
     python -m bench.tune --dry-run               # without a GPU: what would be measured, and what to expect
 
 A candidate is checked against fp64 before it is timed. A line is printed only where one beats what runs now by more
@@ -16,38 +17,85 @@ from torch import Tensor
 
 import peft_ops
 from bench import model, offline
-from bench.harness import BASELINE_AGAIN, Ratio, compare, copies_for
-from bench.shapes import LAYERS, ROWS, Layer
+from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare, copies_for
+from bench.shapes import LAYERS, ROWS, VIRTUAL_TOKENS, Layer
 from peft_ops import reference
 from peft_ops.kernels import tiles
 from peft_ops.ops.ia3_linear import capability_of
 
 TASKS, SEQUENCE = 8, 512  # prefill and training rows come in sequences of one task, decode rows one by one
+ELEMENTWISE, PROMPTS = ("scale", "gate"), ("concat", "added", "embed", "packed")
 NOW = "runs now"
 
 
 class Inputs:
-    """One set of buffers of a layer: random, at the scale of activations and of trained vectors."""
+    """One set of buffers of a layer: random, at the scale of activations and of trained vectors.
 
-    def __init__(self, layer: Layer, M: int, device: torch.device, dtype: torch.dtype):
-        self.layer = layer
+    xs: what comes in, [sequences, tokens, features]: x, gate and up of an elementwise gate, or token ids.
+    weights: frozen; of prompts, the embedding, and of "added", positions and token types. tables: trained, one row per
+    task.
+    trains: the gradients of xs and tables belong to it, at the outputs' gradients dys.
+    """
+
+    def __init__(
+        self, layer: Layer, M: int, device: torch.device, dtype: torch.dtype, *, tasks: int = TASKS,
+        sequence: int = SEQUENCE, trains: bool = False,
+    ):  # fmt: skip
+        self.layer, self.trains = layer, trains
         _, op, N, K, _ = layer
-        sequences = M // SEQUENCE if M % SEQUENCE == 0 else M
-        self.x = torch.randn(sequences, M // sequences, K, device=device).to(dtype)
-        self.ids = torch.randint(-1, TASKS, (sequences,), device=device)
-        self.weights = [
-            (torch.randn(N, K, device=device) * K**-0.5).to(dtype) for _ in range(1 + (op in ("kv", "glu")))
-        ]
-        width = K if op == "feedforward" else N
-        self.tables = [torch.rand(TASKS, width, device=device) + 0.5 for _ in range(1 + (op == "kv"))]
+        sequences = M // sequence if M % sequence == 0 else M
+        tokens = M // sequences
+
+        def rows(features: int) -> Tensor:
+            return torch.randn(sequences, tokens, features, device=device).to(dtype)
+
+        self.ids = torch.randint(0 if op in PROMPTS else -1, tasks, (sequences,), device=device)
+        if op in PROMPTS:
+            self.xs = [torch.randint(0, K, (sequences, tokens), device=device)]
+            if op == "embed":
+                self.xs[0][:, :VIRTUAL_TOKENS] = K + torch.arange(VIRTUAL_TOKENS, device=device)[:tokens]
+            counts = (K, VIRTUAL_TOKENS + tokens, 2) if op == "added" else (K,)
+            self.weights = [torch.randn(count, N, device=device).to(dtype) for count in counts]
+            self.tables = [torch.randn(tasks, VIRTUAL_TOKENS, N, device=device)]
+        else:
+            self.xs = [rows(N if op in ELEMENTWISE else K) for _ in range(1 + (op == "gate"))]
+            count = 0 if op in ELEMENTWISE else 1 + (op in ("kv", "glu"))
+            self.weights = [(torch.randn(N, K, device=device) * K**-0.5).to(dtype) for _ in range(count)]
+            width = K if op == "feedforward" else N
+            self.tables = [torch.rand(tasks, width, device=device) + 0.5 for _ in range(1 + (op == "kv"))]
+        for t in self.leaves():
+            t.requires_grad_(trains)
+        with torch.no_grad():
+            self.dys = [torch.randn_like(y) for y in apply(reference, self)] if trains else []
+
+    @property
+    def x(self) -> Tensor:
+        return self.xs[0]
+
+    @x.setter
+    def x(self, x: Tensor) -> None:
+        self.xs = [x, *self.xs[1:]]
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (*self.xs, *self.tables) if t.is_floating_point()]
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.x, *self.weights))
+        """What a call reads: all of xs and weights, but of an embedding the rows of its tokens."""
+        if self.layer.op in PROMPTS:
+            rows = self.x.numel() + sum(len(table) for table in self.weights[1:])
+            return 8 * self.x.numel() + rows * self.layer.N * self.weights[0].element_size()
+        return sum(t.numel() * t.element_size() for t in (*self.xs, *self.weights))
 
     def double(self) -> "Inputs":
+        def wide(tensors: list[Tensor]) -> list[Tensor]:
+            return [
+                t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in tensors
+            ]
+
         other = object.__new__(Inputs)
-        other.layer, other.ids, other.x = self.layer, self.ids, self.x.double()
-        other.weights, other.tables = [w.double() for w in self.weights], [t.double() for t in self.tables]
+        other.__dict__ |= self.__dict__
+        other.xs, other.weights, other.tables = wide(self.xs), wide(self.weights), wide(self.tables)
+        other.dys = wide(self.dys)
         return other
 
 
@@ -55,6 +103,22 @@ def apply(ops: ModuleType, inputs: Inputs) -> tuple[Tensor, ...]:
     """The layer by the public operators, or with ops=reference by their specification."""
     op, activation = inputs.layer.op, inputs.layer.activation
     x, ids, weights, tables = inputs.x, inputs.ids, inputs.weights, inputs.tables
+    if op == "scale":
+        return (ops.ia3_scale(x, tables[0], ids),)
+    if op == "gate":
+        return (ops.ia3_glu(*inputs.xs, tables[0], ids, activation),)
+    if op == "concat":
+        return (ops.prompt_concat(x, *weights, *tables, ids).inputs_embeds,)
+    if op == "added":
+        embedding, positions, types = weights
+        more = dict(position_embedding=positions, token_type_embedding=types)
+        return (ops.prompt_concat(x, embedding, *tables, ids, **more).inputs_embeds,)
+    if op == "packed":  # sequences of one length; tests have all others
+        B, S = x.shape
+        starts = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=x.device)
+        return (ops.prompt_concat_packed(x.flatten(), starts, *weights, *tables, ids, max_seqlen=S).inputs_embeds,)
+    if op == "embed":
+        return (ops.prompt_embed(x, *weights, *tables, ids),)
     if op == "kv":
         return ops.ia3_kv_linear(x, *weights, k_ia3_l=tables[0], v_ia3_l=tables[1], task_ids=ids)
     if op == "glu":
@@ -63,13 +127,20 @@ def apply(ops: ModuleType, inputs: Inputs) -> tuple[Tensor, ...]:
     return (ops.ia3_linear(x, *weights, ia3_l=tables[0], task_ids=ids, **keywords),)
 
 
+def results(ops: ModuleType, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The outputs, and the gradients of what trains."""
+    ys = apply(ops, inputs)
+    return (*ys, *torch.autograd.grad(ys, inputs.leaves(), inputs.dys)) if inputs.trains else ys
+
+
 def is_right(inputs: Inputs) -> bool:
     """Whether the operator is as close to fp64 as torch's arithmetic in the same dtype: twice its largest error, plus
-    the rounding of the largest value."""
+    the rounding of the largest value to the layer's dtype (tests hold fp32 gradients of tables to fp32's)."""
+    eps = torch.finfo((inputs.weights or inputs.xs)[0].dtype).eps
     for ours, torchs, exact in zip(
-        apply(peft_ops, inputs), apply(reference, inputs), apply(reference, inputs.double()), strict=True
+        results(peft_ops, inputs), results(reference, inputs), results(reference, inputs.double()), strict=True
     ):
-        unit = torch.finfo(ours.dtype).eps * exact.abs().max()
+        unit = eps * exact.abs().max()
         if not (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + unit:  # NaN is wrong too
             return False
     return True
@@ -142,6 +213,15 @@ def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dic
     return [f"    {key!r}: {value!r},  {note}" for key, value in pasted.items()]
 
 
+def measured_lines(layer: Layer, M: int, device: torch.device, seconds: float) -> list[str]:
+    """Prints every candidate's time, and returns the lines to paste."""
+    with torch.no_grad():
+        ratios, entries = measure(layer, M, device, seconds)
+    for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
+        print(f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})")
+    return lines(layer, M, ratios, entries)
+
+
 def expectations(layer: Layer, M: int, capability: int) -> list[str]:
     base = model.bare(layer, M, tiles.chip(capability))
     return [
@@ -155,6 +235,8 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only layers whose name contains this")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on one layer and row count")
+    parser.add_argument("--json", help="keep the lines to paste here")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, after which no layer is begun")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--sm", type=int, default=90, choices=sorted(tiles.CHIPS), help="for --dry-run")
     args = parser.parse_args()
@@ -171,16 +253,10 @@ def main() -> None:
         parser.error("no GPU here: --dry-run shows what would be measured")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    pasted = []
+    found = Pieces(args.json, {}, resume=True, budget=args.budget)
     for layer, M in work:
-        with torch.no_grad():
-            ratios, entries = measure(layer, M, device, args.seconds)
-        for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
-            print(
-                f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})"
-            )
-        pasted += lines(layer, M, ratios, entries)
-    print("\n".join(["", "TUNED = {", *pasted, "}"]))
+        found.add(f"{layer.name} {M}", lambda layer=layer, M=M: measured_lines(layer, M, device, args.seconds))
+    print("\n".join(["", "TUNED = {", *(line for lines in found.values() for line in lines), "}"]))
 
 
 if __name__ == "__main__":

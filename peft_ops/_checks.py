@@ -10,6 +10,7 @@ from peft_ops._library import has_native, native
 from peft_ops.reference import ACTIVATIONS, Added, TaskPlan
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NARROW_FLOATS = FLOATS[:3]
 IDS = (torch.int32, torch.int64)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, *IDS)
 
@@ -38,15 +39,16 @@ def check_activation(op: str, activation) -> None:
 
 def check_table(op: str, arg: str, table, N: int, like: Tensor, has_ids: bool) -> Tensor:
     """An (IA)^3 vector or table as [num_tasks, N] with contiguous rows."""
-    check_tensor(op, arg, table, dtypes=FLOATS if like.dtype == torch.float64 else FLOATS[:3], like=like)
+    check_tensor(op, arg, table, dtypes=FLOATS if like.dtype is torch.float64 else NARROW_FLOATS, like=like)
     if table.dim() == 1:
         table = table.unsqueeze(0)
-    if table.dim() != 2 or table.shape[1] != N:
-        hint = "; flatten PEFT's column" if tuple(table.shape) == (N, 1) else ""
+    size = table.shape
+    if len(size) != 2 or size[1] != N:
+        hint = "; flatten PEFT's column" if tuple(size) == (N, 1) else ""
         raise ValueError(f"{op}: {arg} must have shape [{N}] or [num_tasks, {N}], got {shape(table)}{hint}")
-    if not has_ids and table.shape[0] != 1:
-        raise ValueError(f"{op}: task_ids must be given, because {arg} holds {table.shape[0]} tasks, got None")
-    return table if table.stride(1) == 1 or N <= 1 else table.contiguous()
+    if not has_ids and size[0] != 1:
+        raise ValueError(f"{op}: task_ids must be given, because {arg} holds {size[0]} tasks, got None")
+    return table if table.is_contiguous() or table.stride(1) == 1 or N <= 1 else table.contiguous()
 
 
 def check_task_ids(
@@ -57,11 +59,11 @@ def check_task_ids(
     lead: x.shape[:-1]. Ids may have the shape of a prefix of it, or [B] where x is 3-D or more and lead[0] is a
     multiple of B.
     """
+    if task_ids is None:
+        return None, None, 1
     rows = 1
     for size in lead:
         rows = rows * size
-    if task_ids is None:
-        return None, None, 1
     if isinstance(task_ids, TaskPlan):
         plan = task_ids
         check_tensor(op, "task_ids", plan.task_ids, dtypes=IDS, like=like)
@@ -72,8 +74,8 @@ def check_task_ids(
         return plan.task_ids, [plan.tiles, plan.run_index, plan.run_end], plan.rows_per_id
     check_tensor(op, "task_ids", task_ids, dtypes=IDS, like=like)
     d = task_ids.dim()
-    prefix = 1 <= d <= len(lead) and tuple(task_ids.shape) == tuple(lead[:d])
-    beams = d == 1 and len(lead) >= 2 and task_ids.shape[0] > 0 and lead[0] % task_ids.shape[0] == 0
+    prefix = d > 0 and task_ids.shape == lead[:d]
+    beams = not prefix and d == 1 and len(lead) >= 2 and task_ids.shape[0] > 0 and lead[0] % task_ids.shape[0] == 0
     if not (prefix or beams):
         hint = (
             "" if len(lead) >= 2 else "; for a packed batch pass plan_tasks(task_ids, rows, num_tasks, cu_seqlens=...)"
@@ -82,8 +84,9 @@ def check_task_ids(
             f"{op}: task_ids must have a shape that starts {list(lead)}, or [B] with {lead[0] if lead else 1} "
             f"a multiple of B and x at least 3-D, got {shape(task_ids)}{hint}"
         )
-    ids = task_ids.reshape(-1).contiguous()
-    return ids, None, rows // ids.shape[0] if prefix and all(lead[:d]) or beams else 1
+    ids = task_ids if d == 1 and task_ids.is_contiguous() else task_ids.reshape(-1).contiguous()
+    count = ids.shape[0]
+    return ids, None, rows // count if count else 1
 
 
 def check_prompts(op: str, prompts, task_ids, prompt_lengths) -> Tensor:

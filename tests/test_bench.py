@@ -1,15 +1,22 @@
-"""Launch parameters, the cost model that argues for them, and the tools that measure them."""
+"""Launch parameters, the cost model that argues for them, the tools that measure them, and what is made of results."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from bench import gpu_check, matrix, model, task_bank, tune
-from bench.harness import BASELINE_AGAIN, Ratio, compare
-from bench.shapes import LAYERS, ROWS, Layer
+import peft_ops
+from bench import gpu_check, matrix, model, overhead, report, task_bank, tune
+from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare
+from bench.shapes import CASES, CPU_CASES, LAYERS, QUICK_CASES, QUICK_LAYERS, ROWS, Case, Layer
 from peft_ops.kernels import tiles
 from tests.conftest import DEVICE, KERNELS
+from tests.test_architecture import ROOT, public_operators
 
 SM90 = 90
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="nothing to measure without kernels")
@@ -164,30 +171,296 @@ def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     assert run("--budget", "-1") == (0, [])
     code, rows = run()
-    assert code == 0 and [(r["layer"], r["rows"]) for r in rows] == [
-        ("tiny feedforward", 16),
-        ("tiny feedforward", 1024),
-    ]
+    cases = [("tiny feedforward", "decode", 16), ("tiny feedforward", "train", 128)]
+    assert code == 0 and [(r["layer"], r["phase"], r["rows"]) for r in rows] == cases
     assert {"bare", "peft_ops", "ft_style", "eager", "peft", BASELINE_AGAIN} <= rows[0]["ratio"].keys()
-    assert rows[0]["flops"] == 2 * 16 * 64 * 128 and rows[0]["torch"] == torch.__version__
+    assert [r["flops"] for r in rows] == [2 * 16 * 64 * 128, 2 * 2 * 128 * 64 * 128], "backward is as much again"
+    assert rows[0]["torch"] == torch.__version__ and rows[0]["roofs"]["bytes"] > 1e8
     out.write_text("\n".join(json.dumps(r) for r in rows[:1]) + "\n")
-    assert [(r["layer"], r["rows"]) for r in run()[1]] == [("tiny feedforward", 16), ("tiny feedforward", 1024)]
+    assert [(r["layer"], r["phase"], r["rows"]) for r in run()[1]] == cases
+
+
+def test_matrix_goes_on_after_a_peer_that_fails(tmp_path, monkeypatch):
+    def fails(inputs):
+        if inputs.trains:
+            raise RuntimeError("no kernel image")
+        return (inputs.x.clone(),)
+
+    out = tmp_path / "matrix.jsonl"
+    monkeypatch.setattr(matrix, "eager", fails)
+    monkeypatch.setattr("sys.argv", ["matrix", str(out), "--quick", "--match", "tiny scale"])
+    with pytest.raises(SystemExit) as end:
+        matrix.main()
+    decode, train = map(json.loads, out.read_text().splitlines())
+    assert end.value.code == 1 and "us" in decode and train["failed"] and "us" not in train
+    assert report.load(out) == [decode]
+
+
+TINY = Case(Layer("tiny", "scale", 64), "train", 64, sequence=16)
 
 
 def test_matrix_times_nothing_that_is_wrong(monkeypatch):
-    monkeypatch.setattr(matrix, "is_right", lambda inputs: False)
-    assert matrix.row(Layer("tiny", "linear", 16, 32), 4, torch.device("cpu"), 0.01, False) == {"wrong": True}
+    right = peft_ops.ia3_scale
+
+    def wrong_gradient(x, ia3_l, task_ids):
+        off = 0.05 * ia3_l.sum()
+        return right(x, ia3_l, task_ids) + (off - off.detach())
+
+    assert "us" in matrix.row(TINY, torch.device("cpu"), 0.01, False)
+    monkeypatch.setattr(peft_ops, "ia3_scale", wrong_gradient)
+    assert matrix.row(TINY, torch.device("cpu"), 0.01, False) == matrix.identity(TINY) | {"wrong": True}
+    assert "us" in matrix.row(TINY._replace(phase="decode"), torch.device("cpu"), 0.01, False), "the values are right"
 
 
-def test_peers_compute_the_same(tuned):
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("layer", QUICK_LAYERS, ids=lambda layer: layer.op)
+def test_peers_compute_the_same(layer, trains, tuned):
     """A peer that does less work would win: all adapted ones agree with the reference, the bare one does not."""
-    for layer in matrix.QUICK:
-        inputs = tune.Inputs(layer, 16, torch.device(DEVICE), torch.float32)
-        want = tune.apply(tune.reference, inputs)
-        for peer in (matrix.eager, matrix.ft_style):
-            for got, one in zip(peer(inputs), want, strict=True):
-                torch.testing.assert_close(got, one)
-        assert not torch.allclose(matrix.bare(inputs)[0], want[0])
+    inputs = tune.Inputs(layer, 64, torch.device(DEVICE), torch.float32, sequence=32, trains=trains)
+    want = tune.results(tune.reference, inputs)
+    for peer in (matrix.eager, matrix.ft_style):
+        if peer is matrix.ft_style and layer.op in (*tune.ELEMENTWISE, *tune.PROMPTS):
+            continue
+        ys = [y for y in peer(inputs) if y.is_floating_point()]  # not the mask
+        grads = torch.autograd.grad(ys, inputs.leaves(), inputs.dys) if trains else ()
+        for got, one in zip((*ys, *grads), want, strict=True):
+            torch.testing.assert_close(got, one)
+    bare = matrix.bare(inputs)[0]
+    assert bare.shape != want[0].shape or not torch.allclose(bare, want[0])
+
+
+@pytest.mark.parametrize("cases", [CPU_CASES, CASES, QUICK_CASES], ids=["cpu", "gpu", "quick"])
+def test_cases_cover_every_operator(cases):
+    assert len({json.dumps(matrix.identity(case)) for case in cases}) == len(cases), "a row would stand for two cases"
+    ops = {"linear", "kv", "feedforward", "glu", "scale", "gate", "concat", "embed"}
+    for phase in ("decode", "train"):
+        assert {c.layer.op for c in cases if c.phase == phase} >= ops - (
+            {"concat", "embed"} if phase == "decode" else set()
+        )
+
+
+def test_training_peers_run_backward():
+    measured = matrix.Measured(TINY, torch.device("cpu"), False)
+    x, table = measured.sets[0].leaves()
+    for name, call in measured.calls.items():
+        call(0)
+        assert x.grad is not None and (table.grad is None) == (name == "bare")
+    assert measured.saved() == {"bare": 0, "peft_ops": 64 * 64 * 2, "eager": measured.saved()["eager"]}
+    assert measured.saved()["eager"] > 64 * 64 * 2, "the gathered vectors are kept too"
+
+
+def saved_run(slowdown: float = 1.0, **environment) -> dict:
+    """What pytest-benchmark saves of two shapes."""
+    place = {
+        "device": "a CPU",
+        "kind": "cpu",
+        "threads": 2,
+        "torch": "2.13.0",
+        "commit": "abc",
+        "roofs": {"flops": 1e11, "bytes": 1e10},
+    }
+    benchmarks = []
+    for layer, phase, tasks in (
+        ("T0-3B kv", "decode", 8),
+        ("T0-3B kv", "train", 8),
+        *(("B", "decode", t) for t in (1, 2, 64)),
+    ):
+        for number, peer in enumerate(("bare", "peft_ops", "eager")):
+            facts = {"layer": layer, "phase": phase, "rows": 8, "tasks": tasks, "flops": 8_000, "bytes": 4_000}
+            facts |= {"peer": peer, "ratio": [1 + number / 8, 1.0, 1.5], "noise": [1.0, 0.98, 1.03]}
+            if phase == "train":
+                facts["saved"] = {"bare": 0, "peft_ops": 64, "eager": 128}
+            name, group = (
+                f"bench/test_operators.py::test_operator[{layer}-{phase}-{tasks}-{peer}]",
+                f"{layer} {phase} {tasks}",
+            )
+            late = slowdown if peer == "peft_ops" and tasks == 64 else 1.0
+            benchmarks.append({"fullname": name, "group": group, "extra_info": facts, "stats": {"median": 2e-6 * late}})
+    return {"benchmarks": benchmarks, "machine_info": {"environment": place | environment}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A folder of saved runs, and a way to add one."""
+
+    def add(number: int, run: dict):
+        path = tmp_path / "store" / "Linux" / f"{number:04}_abc.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(run))
+        return path
+
+    add.folder = tmp_path / "store"
+    return add
+
+
+def test_report_reads_a_saved_run(store, tmp_path):
+    rows = report.load(store(1, saved_run()))
+    assert len(rows) == 5 and rows[0]["us"] == {"bare": 2.0, "peft_ops": 2.0, "eager": 2.0}
+    assert rows[0]["ratio"]["peft_ops"] == [1.125, 1.0, 1.5] and rows[0]["device"] == "a CPU"
+    table = report.ratio_table(rows)
+    assert "| T0-3B kv | decode | 8 | 8 | 2.0 | 1.12 | 1.25 | 0.98-1.03 |" in table.splitlines()
+    assert "| T0-3B kv | 1.12 (1.25) | 1.12 (1.25) |" in report.summary_table(rows).splitlines()
+    written = {path.name for path in report.write(rows, tmp_path / "out")}
+    plots = {f"{name}.{kind}" for name in report.PLOTS for kind in ("svg", "png")}
+    assert written == {"operators.jsonl", "operators.md"} | plots
+    assert report.load(tmp_path / "out" / "operators.jsonl") == rows, "what was written reads the same"
+
+
+def test_report_shows_kernel_and_wall_time_apart(store, tmp_path):
+    rows = report.load(store(1, saved_run()))
+    for row in rows:
+        row["wall_us"] = {name: 9.0 for name in row["us"]}
+        row["wall_ratio"] = {name: [3.5, 3.4, 3.6] for name in row["ratio"]}
+    report.write(rows, tmp_path)
+    kernel, wall = (tmp_path / "operators.md").read_text().split("What a caller waits for")
+    assert " 2.0 |" in kernel and "3.50" not in kernel and " 9.0 | 3.50 |" in wall
+
+
+def test_compare_holds_the_last_two_runs(store, monkeypatch, capsys):
+    def compare_runs():
+        monkeypatch.setattr("sys.argv", ["report", "--compare", "--storage", str(store.folder)])
+        with pytest.raises(SystemExit) as end:
+            report.main()
+        return end.value.code, capsys.readouterr().out
+
+    store(1, saved_run(slowdown=9))
+    store(2, saved_run())
+    store(3, saved_run(slowdown=1.14))
+    assert compare_runs()[0] == 0
+    store(4, saved_run(slowdown=1.14 * 1.2))
+    code, printed = compare_runs()
+    assert code == 1 and "15 benchmarks, 1 over" in printed and "1.20 x  test_operator[B-decode-64-peft_ops]" in printed
+    store(5, saved_run(threads=8))
+    monkeypatch.setattr("sys.argv", ["report", "--compare", "--storage", str(store.folder)])
+    with pytest.raises(ValueError, match="the runs cannot be compared: threads was 2, and is 8"):
+        report.main()
+
+
+def test_compare_wants_something_to_compare(store):
+    other = saved_run()
+    for one in other["benchmarks"]:
+        one["fullname"] += "quick"
+    with pytest.raises(ValueError, match="no benchmark in common"):
+        report.slower(store(1, saved_run()), store(2, other))
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_tables_come_from_committed_results(page, tmp_path):
+    text = (ROOT / page).read_text()
+    assert report.filled(text) == text, "python -m bench.report --pages, and commit what it changes"
+    outside = re.sub(r"<!-- results: .*?<!-- end -->", "", text, flags=re.S)
+    measured = [line for line in outside.splitlines() if line.startswith("|") and re.search(r"\d\.\d", line)]
+    assert not measured, "numbers that no result file holds"
+    names = re.findall(r"<!-- results: ([\w -]+) -->", text)
+    assert names and text.count("<!-- end -->") == len(names) and set(names) <= report.BLOCKS.keys()
+
+
+@pytest.mark.parametrize("page", report.PAGES)
+def test_another_digit_in_a_table_is_seen(page):
+    text, seen = (ROOT / page).read_text(), 0
+    for block in re.finditer(r"<!-- results: .*?<!-- end -->", text, flags=re.S):
+        for digit in re.finditer(r"(?<=[ .])\d(?=.*\|\n)", block[0]):
+            at = block.start() + digit.start()
+            changed = text[:at] + str(9 - int(text[at])) + text[at + 1 :]
+            assert report.filled(changed) != changed, changed[at - 20 : at + 20]
+            seen += 1
+    assert seen > (100 if page == "README.md" else 5)
+
+
+def test_pages_follow_the_results(tmp_path, store):
+    """Another number in a file is another number in the page, and what was not measured is not printed."""
+    shutil.copytree(report.RESULTS, tmp_path / "results")
+    page = "<!-- results: training -->\n\nold\n\n<!-- end -->\n<!-- results: gpu -->\n\n1.5\n\n<!-- end -->"
+    before = report.filled(page, tmp_path / "results")
+    assert "139,528" in before and "old" not in before
+    assert before.endswith("<!-- results: gpu -->\n\nNot measured yet.\n\n<!-- end -->")
+    path = tmp_path / "results/cpu/training.json"
+    path.write_text(path.read_text().replace("139528", "139529"))
+    rows = report.load(store(1, saved_run(device="a GPU")))
+    report.write(rows, tmp_path / "results/gpu")
+    after = report.filled(page, tmp_path / "results")
+    assert "139,529" in after and "a GPU, 2 threads, PyTorch 2.13.0, commit abc." in after and "1.12 (1.25)" in after
+
+
+def test_overhead_is_of_the_same_call():
+    found = overhead.cases(gradients=False)
+    assert {name.split(",")[0] for name in found} == public_operators().keys()
+    with torch.no_grad():
+        for name, public in found.items():
+            raw, want = overhead.raw_of(public)(), public()
+            first = (t[0] if isinstance(t, (tuple, list)) else t for t in (raw, want))
+            torch.testing.assert_close(*first, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    measured = overhead.measure(1, "ia3_scale, one task")
+    assert (
+        measured.keys() == {"ia3_scale, one task"} and measured["ia3_scale, one task"].keys() == overhead.BUDGET.keys()
+    )
+    assert all(raw > 0 and raw + more > 0 for raw, more in measured["ia3_scale, one task"].values())
+
+
+def test_pieces_go_on_where_they_stopped(tmp_path, capsys):
+    path = str(tmp_path / "found.json")
+    first = Pieces(path, {"device": "a CPU"})
+    first.add("a", lambda: 1)
+    assert json.loads((tmp_path / "found.json").read_text()) == {"device": "a CPU", "a": 1}, "written as it comes"
+    late = Pieces(path, {}, resume=True, budget=-1)
+    late.add("a", lambda: 2)
+    late.add("b", lambda: 3)
+    assert late == first and "left out, the budget is spent: b" in capsys.readouterr().out
+    again = Pieces(path, {})
+    again.add("a", lambda: 4)
+    assert json.loads((tmp_path / "found.json").read_text()) == {"a": 4}
+
+
+def test_gpu_check_knows_all_that_prompts_come_with(monkeypatch):
+    """Without kernels too: each operator beside its reference, wrong values and wrong gradients are seen."""
+    device = torch.device("cpu")
+    named = dict(gpu_check.prompts(64, device))
+    assert {name.split()[0] for name in named} == {"prompt_concat", "prompt_concat_packed", "prompt_embed"}
+    picked = [name for name in named if "float16 added" in name or "packed" in name]
+    with peft_ops.set_backend("reference"):
+        assert all(named[name]() for name in picked)
+    right = peft_ops.prompt_concat
+
+    def shifted(*args, **kwargs):
+        batch = right(*args, **kwargs)
+        return batch._replace(position_ids=batch.position_ids + 1)
+
+    def detached(tokens, embedding, prompts, *args, **kwargs):
+        return right(tokens, embedding, prompts + prompts - prompts.detach(), *args, **kwargs)
+
+    for wrong in (shifted, detached):
+        monkeypatch.setattr(peft_ops, "prompt_concat", wrong)
+        with peft_ops.set_backend("reference"):
+            assert not named["prompt_concat left E=64 float16 added"]()
+
+
+def run_outside(command: list[str], **env: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_suite_walks_its_path(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    done = run_outside(
+        [sys.executable, "-m", "pytest", "bench", "--quick", "--no-compile", "-k", "tiny-linear-decode or tiny-concat",
+         "-q", "-p", "no:cacheprovider", "--benchmark-autosave", f"--benchmark-storage={tmp_path}"]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = report.saved_runs(tmp_path)
+    linear, concat = report.load(run)
+    assert linear["ratio"].keys() == {"bare", "peft_ops", "ft_style", "eager", "peft", BASELINE_AGAIN}
+    assert concat["us"].keys() == {"bare", "peft_ops", "eager"} and concat["phase"] == "train" and concat["saved"]
+    assert linear["flops"] == 2 * 16 * 64 * 128 and linear["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_gpu_script_reports_what_there_is(tmp_path, store):
+    report.write(report.load(store(1, saved_run())), tmp_path)
+    (tmp_path / "operators.jsonl").rename(tmp_path / "matrix.jsonl")
+    done = run_outside(["bash", "bench/gpu.sh", str(tmp_path), "report", "nothing"], PYTHON=sys.executable)
+    assert "T0-3B kv" in (tmp_path / "report/matrix/operators.md").read_text(), done.stdout + done.stderr
+    assert (tmp_path / "parts.txt").read_text().startswith("report-matrix status=0")
+    assert done.returncode == 2 and "no part named nothing" in done.stdout
 
 
 @pytest.mark.kernels

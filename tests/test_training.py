@@ -38,8 +38,8 @@ class TestMemory:
         ours.add_adapter("default")
         x = torch.randn(self.M, self.N, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) * 1
         batch = TaskBatch.of_rows(["default"] * self.M, DEVICE)
-        peft_bytes = saved_bytes(lambda: theirs(x), theirs)
-        own = saved_bytes(lambda: ours(x, batch), ours) - self.table_bytes(ours)
+        peft_bytes = saved_bytes(lambda: theirs(x), theirs.parameters())
+        own = saved_bytes(lambda: ours(x, batch), ours.parameters()) - self.table_bytes(ours)
         return own / x.numel(), peft_bytes / x.numel()
 
     def table_bytes(self, layer: IA3Linear) -> int:
@@ -60,8 +60,8 @@ class TestMemory:
         mlp.add_adapter("red")
         x = torch.randn(self.M, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True) * 1
         batch = TaskBatch.of_rows(["red"] * self.M, DEVICE)
-        own = saved_bytes(lambda: mlp(x, batch), mlp) - self.table_bytes(mlp.down_proj)
-        eager = saved_bytes(lambda: down(F.silu(gate(x)) * up(x)), mlp)
+        own = saved_bytes(lambda: mlp(x, batch), mlp.parameters()) - self.table_bytes(mlp.down_proj)
+        eager = saved_bytes(lambda: down(F.silu(gate(x)) * up(x)), mlp.parameters())
         assert own == 2 * 2 * self.M * self.N
         assert eager == 3 * 2 * self.M * self.N, "the frozen layer itself saves silu's output too"
 

@@ -17,7 +17,7 @@ from peft_ops._checks import (
     check_tensor,
     shape,
 )
-from peft_ops._library import Operator, native, use_native, use_reference
+from peft_ops._library import Operator, native, needs_gradient, use_native, use_reference
 from peft_ops.ops.ia3_linear import (
     aligned,
     as_matrix,
@@ -357,6 +357,6 @@ def ia3_glu_linear(
             x, gate_weight, up_weight, gate_bias, up_bias, ia3_l=table, task_ids=ids, activation=activation
         )
     differentiable = x, gate_weight, up_weight, gate_bias, up_bias, table
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    save = needs_gradient(differentiable)
     args = *differentiable, ids, plan, rows_per_id, activation, save
     return _glu_linear_op(*args, differentiable=differentiable)[0]

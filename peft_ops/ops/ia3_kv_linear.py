@@ -7,7 +7,7 @@ from torch import Tensor
 from peft_ops import reference
 from peft_ops._backend import LazyKernels
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
-from peft_ops._library import Operator, use_reference
+from peft_ops._library import Operator, needs_gradient, use_reference
 from peft_ops.ops import ia3_linear as single
 from peft_ops.ops.ia3_linear import (
     aligned,
@@ -202,16 +202,16 @@ def ia3_kv_linear(
     op = "ia3_kv_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
     x, k_weight, v_weight, k_bias, v_bias = autocast(x, k_weight, v_weight, k_bias, v_bias)
-    tables = []
-    for side, weight, bias, table in (("k", k_weight, k_bias, k_ia3_l), ("v", v_weight, v_bias, v_ia3_l)):
-        single.check_layer(op, x, weight, bias, f"{side}_weight", f"{side}_bias")
-        tables.append(check_table(op, f"{side}_ia3_l", table, weight.shape[0], x, task_ids is not None))
-    k_l, v_l = tables
+    has_ids = task_ids is not None
+    k_N, _ = single.check_layer(op, x, k_weight, k_bias, "k_weight", "k_bias")
+    k_l = check_table(op, "k_ia3_l", k_ia3_l, k_N, x, has_ids)
+    v_N, _ = single.check_layer(op, x, v_weight, v_bias, "v_weight", "v_bias")
+    v_l = check_table(op, "v_ia3_l", v_ia3_l, v_N, x, has_ids)
     if k_l.shape[0] != v_l.shape[0]:
         raise ValueError(f"{op}: v_ia3_l must hold {k_l.shape[0]} tasks as k_ia3_l does, got shape {shape(v_l)}")
     ids, plan, rows_per_id = check_task_ids(op, task_ids, x.shape[:-1], k_l.shape[0], x)
     if use_reference(x):
         return reference.ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_ia3_l=k_l, v_ia3_l=v_l, task_ids=ids)
-    save = torch.is_grad_enabled() and (k_l.requires_grad or v_l.requires_grad)
+    save = needs_gradient((k_l, v_l))
     args = x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, ids, plan, rows_per_id, save
     return _op(*args, differentiable=args[:7])[:2]

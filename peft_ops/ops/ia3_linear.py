@@ -19,7 +19,7 @@ from peft_ops._checks import (
     check_tensor,
     shape,
 )
-from peft_ops._library import Operator, use_reference
+from peft_ops._library import Operator, needs_gradient, use_reference
 from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward, shaped
 from peft_ops.ops.task_plan import launch_plan, per_sequence
 from peft_ops.reference import TaskPlan
@@ -331,8 +331,8 @@ _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _bac
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    kind = "cpu" if x.is_cpu else x.device.type  # the string is made anew each time
+    if not ((kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)):
         return [x, *tensors]
     dtype = torch.get_autocast_dtype(kind)
 
@@ -343,7 +343,10 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [cast(t) for t in (x, *tensors)]
 
 
-def check_layer(op: str, x: Tensor, weight, bias, weight_arg: str = "weight", bias_arg: str = "bias") -> None:
+def check_layer(
+    op: str, x: Tensor, weight, bias, weight_arg: str = "weight", bias_arg: str = "bias"
+) -> tuple[int, int]:
+    """N and K of a layer that takes x."""
     check_tensor(op, weight_arg, weight, dtypes=(x.dtype,), dim=2, like=x)
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
@@ -352,6 +355,7 @@ def check_layer(op: str, x: Tensor, weight, bias, weight_arg: str = "weight", bi
         check_tensor(op, bias_arg, bias, dtypes=(x.dtype,), dim=1, like=x)
         if bias.shape[0] != N:
             raise ValueError(f"{op}: {bias_arg} must have shape [{N}], got {shape(bias)}")
+    return N, K
 
 
 def ia3_linear(
@@ -395,8 +399,7 @@ def ia3_linear(
     op = "ia3_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
     x, weight, bias = autocast(x, weight, bias)
-    check_layer(op, x, weight, bias)
-    N, K = weight.shape
+    N, K = check_layer(op, x, weight, bias)
     check_activation(op, activation)
     if activation is not None and is_feedforward:
         raise ValueError(
@@ -409,17 +412,10 @@ def ia3_linear(
         return reference.ia3_linear(
             x, weight, bias, ia3_l=table, task_ids=ids, activation=activation, is_feedforward=is_feedforward
         )
-    if weight.stride(0) != 1 and weight.stride(1) != 1:
+    if not weight.is_contiguous() and weight.stride(0) != 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     differentiable = x, weight, bias, table
-    save = (
-        torch.is_grad_enabled()
-        and not is_feedforward
-        and (
-            table.requires_grad
-            or (activation is not None and any(t is not None and t.requires_grad for t in differentiable))
-        )
-    )
+    save = not is_feedforward and needs_gradient(differentiable if activation is not None else (table,))
     args = x, weight, bias, table, ids, plan, rows_per_id, activation, is_feedforward, save
     return _op(*args, differentiable=differentiable)[0]
 

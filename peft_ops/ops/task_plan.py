@@ -81,10 +81,10 @@ def plan_tasks(task_ids: Tensor, rows: int, num_tasks: int, *, cu_seqlens: Tenso
     """
     op = "plan_tasks"
     check_tensor(op, "task_ids", task_ids, dtypes=IDS)
-    task_ids = task_ids.reshape(-1)
+    task_ids = task_ids if task_ids.dim() == 1 else task_ids.reshape(-1)
     count = task_ids.shape[0]
     for arg, value in (("rows", rows), ("num_tasks", num_tasks)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        if type(value) is not int and (not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool)):
             raise TypeError(f"{op}: {arg} must be an int, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{op}: {arg} must be at least 0, got {value}")
