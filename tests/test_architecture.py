@@ -34,11 +34,12 @@ LAYERS = {
     "peft_ops/reference.py": (set(), {"torch"}, set()),
     "peft_ops/kernels.py": (set(), set(), set()),
     "peft_ops/_backend.py": (set(), {"torch"}, {"triton"}),
+    "peft_ops/_launch.py": (set(), {"torch"}, {"triton"}),
     "peft_ops/_library.py": ({"_backend", "_native_rule"}, {"torch"}, set()),
     "peft_ops/_checks.py": ({"_backend", "_library", "reference"}, {"torch"}, set()),
     "peft_ops/_native_rule.py": (set(), {"torch"}, set()),
     "peft_ops/ops": (
-        {"kernels", "ops", "reference", "_backend", "_checks", "_library", "_native_rule"},
+        {"kernels", "ops", "reference", "_backend", "_checks", "_launch", "_library", "_native_rule"},
         {"torch"},
         {"triton"},
     ),
@@ -171,6 +172,10 @@ def test_kernels_is_not_a_package():
 
 def test_no_block_pointers():
     assert_none(lines_matching(r"make_block_pt[r]", {".py"}))
+
+
+def test_operators_launch_through_launch():
+    assert_none([line for line in lines_matching(r"_kernel\[", {".py"}) if line.startswith("peft_ops/ops/")])
 
 
 def test_no_bare_asserts():

@@ -17,6 +17,7 @@ from peft_ops._checks import (
     check_tensor,
     shape,
 )
+from peft_ops._launch import launch
 from peft_ops._library import Operator, native, needs_gradient, use_native, use_reference
 from peft_ops.ops.ia3_linear import (
     aligned,
@@ -46,7 +47,8 @@ def launch_glu(gate: Tensor, up: Tensor, ia3_l: Tensor, task_ids: Tensor | None,
         return h
     tile = tiles.rowwise(M, N)
     with torch.cuda.device_of(gate):
-        kernels.ia3_glu_fwd_kernel[tiles.cdiv(M, tile["BLOCK_M"]), tiles.cdiv(N, tile["BLOCK_N"])](
+        launch(
+            kernels.ia3_glu_fwd_kernel, (tiles.cdiv(M, tile["BLOCK_M"]), tiles.cdiv(N, tile["BLOCK_N"])),
             gate, up, ia3_l, task_ids, h,
             M, N, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
             gate.stride(0), up.stride(0), ia3_l.stride(0),
@@ -67,7 +69,8 @@ def launch_glu_backward(dh, gate, up, ia3_l, task_ids, activation, need_dx: bool
     part = torch.empty((chunks.shape[0], N) if need_dl else 0, dtype=torch.float32, device=gate.device)
     tile = tiles.glu_backward(N)
     with torch.cuda.device_of(gate):
-        kernels.ia3_glu_bwd_kernel[chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])](
+        launch(
+            kernels.ia3_glu_bwd_kernel, (chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])),
             dh, gate, up, ia3_l, order, chunks, dgate, dup, part,
             N, 1 if task_ids is None else M // task_ids.numel(), num_tasks,
             dh.stride(0), gate.stride(0), up.stride(0), ia3_l.stride(0),
@@ -97,7 +100,8 @@ def launch_glu_linear(
             tile = tiles.glu_linear_small(M, N, K, capability, aligned=wide)
             num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
             part, count = split_workspace(x, num_tiles, parts, 2 * M, N)
-            kernels.ia3_glu_linear_small_kernel[num_tiles, parts](
+            launch(
+                kernels.ia3_glu_linear_small_kernel, (num_tiles, parts),
                 x, *weights, *biases, ia3_l, task_ids, h, g, u, part, count,
                 M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0], tiles.k_per_split(K, tile),
                 x.stride(0), ia3_l.stride(0), gate_weight.stride(0), gate_weight.stride(1),
@@ -109,7 +113,7 @@ def launch_glu_linear(
         erf, runs = activation == "gelu", mode == "runs"
         grid, tile = persistent(tiles.dual_linear(M, N, K, capability, gated=True, erf=erf, runs=runs), M, N, num_sms)
         launch_with_scratch(
-            dual.dual_linear_kernel[grid],
+            dual.dual_linear_kernel, grid,
             x, *weights, *biases, ia3_l, None, *plan, h, None, g, u,
             M, N, K, ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0), 0,

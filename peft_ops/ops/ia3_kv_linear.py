@@ -7,6 +7,7 @@ from torch import Tensor
 from peft_ops import reference
 from peft_ops._backend import LazyKernels
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
+from peft_ops._launch import launch
 from peft_ops._library import Operator, needs_gradient, use_reference
 from peft_ops.ops import ia3_linear as single
 from peft_ops.ops.ia3_linear import (
@@ -49,7 +50,8 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
         if M <= tiles.VECTOR_M:
             tile = tiles.linear_vector(M, widest, K, capability, fp32=x.dtype == torch.float32)
             k_bias, v_bias = _both_biases(k_bias, v_bias, k, v)
-            kernels.ia3_kv_linear_vector_kernel[tiles.cdiv(widest, tile["BLOCK_N"]), 2](
+            launch(
+                kernels.ia3_kv_linear_vector_kernel, (tiles.cdiv(widest, tile["BLOCK_N"]), 2),
                 x, k_weight, v_weight, k_bias, v_bias, *tables, task_ids, k, v,
                 M, k_n, v_n, K, rows, tasks,
                 x.stride(0), k_l.stride(0), v_l.stride(0),
@@ -61,7 +63,8 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
             parts, tiles_m = tile["SPLIT"], tiles.cdiv(M, tile["BLOCK_M"])
             k_tiles, v_tiles = (tiles_m * tiles.cdiv(n, tile["BLOCK_N"]) for n in (k_n, v_n))
             part, count = split_workspace(x, k_tiles + v_tiles, parts, M, k_n + v_n)
-            kernels.ia3_kv_linear_small_kernel[max(k_tiles, v_tiles), parts, 2](
+            launch(
+                kernels.ia3_kv_linear_small_kernel, (max(k_tiles, v_tiles), parts, 2),
                 x, k_weight, v_weight, k_bias, v_bias, *tables, task_ids, k, v, part, count,
                 M, k_n, v_n, K, rows, tasks, tiles.k_per_split(K, tile),
                 x.stride(0), k_l.stride(0), v_l.stride(0),
@@ -74,7 +77,7 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
                 tile = tiles.dual_linear(M, k_n, K, capability, runs=runs)
                 grid, tile = persistent(tile, M, k_n, num_sms)
                 launch_with_scratch(
-                    dual.dual_linear_kernel[grid],
+                    dual.dual_linear_kernel, grid,
                     x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v, None, None,
                     M, k_n, K, tasks,
                     x.stride(0), k_l.stride(0), v_l.stride(0),
@@ -85,7 +88,7 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
                 tile = tiles.linear_one_tile(M, k_n + v_n, K, capability)
                 tiles_n = tiles.cdiv(k_n, tile["BLOCK_N"]) + tiles.cdiv(v_n, tile["BLOCK_N"])
                 launch_with_scratch(
-                    kernels.ia3_kv_linear_kernel[(tiles.cdiv(M, tile["BLOCK_M"]) * tiles_n,)],
+                    kernels.ia3_kv_linear_kernel, (tiles.cdiv(M, tile["BLOCK_M"]) * tiles_n,),
                     x, k_weight, v_weight, k_bias, v_bias, *tables, *plan, k, v,
                     M, k_n, v_n, K, tasks,
                     x.stride(0), k_l.stride(0), v_l.stride(0),

@@ -1,6 +1,5 @@
 """Linear layer with (IA)^3: y = act(x W^T + b) * ia3_l[t], or y = (x * ia3_l[t]) W^T + b if is_feedforward."""
 
-from collections.abc import Callable
 from contextvars import copy_context
 from threading import Thread
 
@@ -19,6 +18,7 @@ from peft_ops._checks import (
     check_tensor,
     shape,
 )
+from peft_ops._launch import launch
 from peft_ops._library import Operator, needs_gradient, use_reference
 from peft_ops.ops.ia3_scale import as_rows, scale_backward, scale_forward, shaped
 from peft_ops.ops.task_plan import launch_plan, per_sequence
@@ -50,8 +50,8 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def launch_with_scratch(launch: Callable, *args, **kwargs) -> None:
-    """Run a launch whose kernel makes TMA descriptors in device memory.
+def launch_with_scratch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
+    """Launch a kernel that makes TMA descriptors in device memory.
 
     Triton's allocator is a context variable: set in a copy of the context, the caller's own is untouched.
     """
@@ -60,7 +60,7 @@ def launch_with_scratch(launch: Callable, *args, **kwargs) -> None:
         import triton
 
         triton.set_allocator(_scratch)
-        launch(*args, **kwargs)
+        launch(kernel, grid, *args, **kwargs)
 
     copy_context().run(run)
 
@@ -90,7 +90,7 @@ def _launch_large(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activatio
     w_kn = weight.stride(1) != 1
     with torch.cuda.device_of(x):
         launch_with_scratch(
-            kernels.ia3_linear_kernel[grid],
+            kernels.ia3_linear_kernel, grid,
             x, weight, bias, ia3_l, *plan, y, z,
             M, N, K, ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),
@@ -138,7 +138,8 @@ def _launch_small(x, weight, bias, ia3_l, task_ids, activation, y, z, capability
     num_tiles, parts = tiles.cdiv(M, tile["BLOCK_M"]) * tiles.cdiv(N, tile["BLOCK_N"]), tile["SPLIT"]
     part, count = split_workspace(x, num_tiles, parts, M, N)
     with torch.cuda.device_of(x):
-        kernels.ia3_linear_small_kernel[num_tiles, parts](
+        launch(
+            kernels.ia3_linear_small_kernel, (num_tiles, parts),
             x, weight, bias, ia3_l, task_ids, y, z, part, count,
             M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0], tiles.k_per_split(K, tile),
             x.stride(0), ia3_l.stride(0), weight.stride(0), weight.stride(1),
@@ -151,7 +152,8 @@ def _launch_vector(x, weight, bias, ia3_l, task_ids, activation, y, z, capabilit
     (M, K), N = x.shape, weight.shape[0]
     tile = tiles.linear_vector(M, N, K, capability, fp32=x.dtype == torch.float32)
     with torch.cuda.device_of(x):
-        kernels.ia3_linear_vector_kernel[(tiles.cdiv(N, tile["BLOCK_N"]),)](
+        launch(
+            kernels.ia3_linear_vector_kernel, (tiles.cdiv(N, tile["BLOCK_N"]),),
             x, weight, bias, ia3_l, task_ids, y, z,
             M, N, K, 1 if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0), weight.stride(0),
@@ -195,7 +197,7 @@ def launch_feedforward(
     w_kn = weight.stride(1) != 1
     with torch.cuda.device_of(x):
         launch_with_scratch(
-            kernels.ia3_linear_feedforward_kernel[grid],
+            kernels.ia3_linear_feedforward_kernel, grid,
             x, weight, bias, ia3_l, task_ids, y,
             M, N, K, M if task_ids is None else M // task_ids.numel(), ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0), weight.stride(1 if w_kn else 0),

@@ -8,6 +8,7 @@ from torch import Tensor
 from peft_ops import reference
 from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor
+from peft_ops._launch import launch
 from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
@@ -42,7 +43,8 @@ def launch_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: 
     grid = tiles.cdiv(M, tile["BLOCK_M"]), tiles.cdiv(N, tile["BLOCK_N"])
     rows_per_id = 1 if task_ids is None else M // task_ids.numel()
     with torch.cuda.device_of(x):
-        kernels.ia3_scale_fwd_kernel[grid](
+        launch(
+            kernels.ia3_scale_fwd_kernel, grid,
             x, ia3_l, task_ids, y,
             M, N, rows_per_id, ia3_l.shape[0],
             x.stride(0), ia3_l.stride(0),
@@ -78,12 +80,15 @@ def chunks_by_task(
         else:
             # zeros: ids that another stream changes meanwhile leave ranks out, and every row number must be one
             order, key = torch.zeros((2, groups), dtype=torch.int32, device=device)
-            sorting.sort_ids_kernel[(tiles.cdiv(groups, block),)](
-                task_ids.contiguous(), order, key, groups, num_tasks, BLOCK=block, num_warps=4
-            )
-        sorting.chunk_rows_kernel[(tiles.cdiv(num_tasks + 2, block),)](
-            key, chunk_start, chunks, groups, M // groups, num_tasks, num_chunks, CHUNK=size, BLOCK=block, num_warps=4
-        )
+            launch(
+                sorting.sort_ids_kernel, (tiles.cdiv(groups, block),),
+                task_ids.contiguous(), order, key, groups, num_tasks, BLOCK=block, num_warps=4,
+            )  # fmt: skip
+        launch(
+            sorting.chunk_rows_kernel, (tiles.cdiv(num_tasks + 2, block),),
+            key, chunk_start, chunks, groups, M // groups, num_tasks, num_chunks,
+            CHUNK=size, BLOCK=block, num_warps=4,
+        )  # fmt: skip
     return order, chunks, chunk_start
 
 
@@ -101,7 +106,8 @@ def launch_scale_backward(
     part = torch.empty((chunks.shape[0], N) if need_dl else 0, dtype=torch.float32, device=x.device)
     tile = tiles.scale_backward(N, erf=activation == "gelu")
     with torch.cuda.device_of(x):
-        kernels.ia3_scale_bwd_kernel[chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])](
+        launch(
+            kernels.ia3_scale_bwd_kernel, (chunks.shape[0], tiles.cdiv(N, tile["BLOCK_N"])),
             dy, x, ia3_l, order, chunks, dx, part,
             N, 1 if task_ids is None else M // task_ids.numel(), num_tasks,
             dy.stride(0), x.stride(0), ia3_l.stride(0),
@@ -118,7 +124,7 @@ def sum_chunks(part: Tensor, chunk_start: Tensor, dl: Tensor) -> None:
     tile = tiles.sum_chunks(N)
     with torch.cuda.device_of(dl):
         grid = num_tasks, tiles.cdiv(N, tile["BLOCK_N"])
-        kernels.sum_chunks_kernel[grid](part, chunk_start, dl, N, **tile)
+        launch(kernels.sum_chunks_kernel, grid, part, chunk_start, dl, N, **tile)
 
 
 def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from peft_ops._checks import (
     check_tokens,
     shape,
 )
+from peft_ops._launch import launch
 from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import PromptBatch
 
@@ -54,7 +55,8 @@ def launch_concat(
         return t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t
 
     with torch.cuda.device_of(tokens):
-        kernels.prompt_layout_kernel[(B,)](
+        launch(
+            kernels.prompt_layout_kernel, (B,),
             task_ids, prompt_lengths, bytes_of(attention_mask), labels,
             layout, bytes_of(mask), positions, out_labels, token_map,
             S, P, num_tasks,
@@ -65,7 +67,8 @@ def launch_concat(
         if E and P + S:
             tile = tiles.prompt_concat(E)
             grid = B * tiles.cdiv(P + S, tile["BLOCK_ROWS"]), tiles.cdiv(E, tile["BLOCK_E"])
-            kernels.prompt_concat_kernel[grid](
+            launch(
+                kernels.prompt_concat_kernel, grid,
                 tokens, embedding, prompts, layout,
                 positions, position_embedding, token_map, type_ids, type_embedding, out,
                 S, P, E, *(0 if t is None else t.shape[0] for t in (embedding, position_embedding, type_embedding)),
@@ -88,7 +91,8 @@ def launch_concat_backward(dout: Tensor, layout: Tensor, num_tasks: int, P: int)
     start = torch.searchsorted(key, torch.arange(num_tasks + 1, device=dout.device, dtype=key.dtype)).to(torch.int32)
     tile = tiles.prompt_backward(E)
     with torch.cuda.device_of(dout):
-        kernels.prompt_concat_bwd_kernel[num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])](
+        launch(
+            kernels.prompt_concat_bwd_kernel, (num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])),
             dout, layout, order.to(torch.int32), start, dprompts,
             length - P, P, E,
             **tile,

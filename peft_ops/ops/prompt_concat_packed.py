@@ -6,6 +6,7 @@ from torch import Tensor
 from peft_ops import reference
 from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
 from peft_ops._checks import IDS, check_ids_in_range, check_prompts, check_tensor, check_tokens, shape
+from peft_ops._launch import launch
 from peft_ops._library import Operator, native, use_native, use_reference
 from peft_ops.reference import PackedPromptBatch
 
@@ -29,7 +30,8 @@ def launch_packed(tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengt
     out_labels = new(0, dtype=torch.int64) if labels is None else new(num_rows, dtype=labels.dtype)
     out_cu_seqlens, layout = new(B + 1), new(B + 1, 4)
     with torch.cuda.device_of(tokens):
-        kernels.packed_layout_kernel[(1,)](
+        launch(
+            kernels.packed_layout_kernel, (1,),
             cu_seqlens, task_ids, prompt_lengths, layout, out_cu_seqlens,
             B, total, P, num_tasks, num_rows,
             HAS_IDS=task_ids is not None, HAS_LENGTHS=prompt_lengths is not None and num_tasks > 0,
@@ -38,7 +40,8 @@ def launch_packed(tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengt
         if num_rows:
             tile = tiles.prompt_concat(E)
             grid = tiles.cdiv(num_rows, tile["BLOCK_ROWS"]), max(tiles.cdiv(E, tile["BLOCK_E"]), 1)
-            kernels.prompt_concat_packed_kernel[grid](
+            launch(
+                kernels.prompt_concat_packed_kernel, grid,
                 tokens, embedding, prompts, labels, out_cu_seqlens, layout,
                 out, positions, out_labels, token_map,
                 num_rows, B, P, E, 0 if embedding is None else embedding.shape[0], tiles.next_power_of_2(B + 1) // 2,
@@ -58,7 +61,8 @@ def launch_packed_backward(dout: Tensor, layout: Tensor, cu_seqlens: Tensor, num
     start = torch.searchsorted(key, torch.arange(num_tasks + 1, device=dout.device, dtype=key.dtype)).to(torch.int32)
     tile = tiles.prompt_backward(E)
     with torch.cuda.device_of(dout):
-        kernels.prompt_concat_packed_bwd_kernel[num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])](
+        launch(
+            kernels.prompt_concat_packed_bwd_kernel, (num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])),
             dout, cu_seqlens, layout, order.to(torch.int32), start, dprompts,
             P, E,
             **tile,

@@ -13,6 +13,7 @@ from peft_ops._checks import (
     check_tokens,
     shape,
 )
+from peft_ops._launch import launch
 from peft_ops._library import Operator, native, use_native, use_reference
 
 kernels, tiles = LazyKernels("prompt_embed"), LazyKernels("tiles")
@@ -36,8 +37,10 @@ def launch_embed(
     if B * S == 0:
         return out, rows
     tile = tiles.prompt_concat(E)
+    grid = tiles.cdiv(B * S, tile["BLOCK_ROWS"]), max(tiles.cdiv(E, tile["BLOCK_E"]), 1)
     with torch.cuda.device_of(input_ids):
-        kernels.prompt_embed_kernel[tiles.cdiv(B * S, tile["BLOCK_ROWS"]), max(tiles.cdiv(E, tile["BLOCK_E"]), 1)](
+        launch(
+            kernels.prompt_embed_kernel, grid,
             input_ids, embedding, prompts, task_ids, prompt_lengths,
             position_ids, position_embedding, type_ids, type_embedding, out, rows,
             B * S, S, P, E, embedding.shape[0], num_tasks,
@@ -61,7 +64,8 @@ def launch_embed_backward(dout: Tensor, rows: Tensor, num_tasks: int, P: int) ->
     start = torch.searchsorted(key, torch.arange(num_tasks * P + 1, device=dout.device, dtype=key.dtype))
     tile = tiles.prompt_backward(E)
     with torch.cuda.device_of(dout):
-        kernels.prompt_embed_bwd_kernel[num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])](
+        launch(
+            kernels.prompt_embed_bwd_kernel, (num_tasks * P, tiles.cdiv(E, tile["BLOCK_E"])),
             dout, order.to(torch.int32), start.to(torch.int32), dprompts,
             E,
             **tile,

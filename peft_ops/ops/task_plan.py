@@ -6,6 +6,7 @@ from torch import Tensor
 from peft_ops import reference
 from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import IDS, check_ids_in_range, check_tensor
+from peft_ops._launch import launch
 from peft_ops._library import Operator, use_reference
 from peft_ops.reference import TaskPlan
 
@@ -33,7 +34,8 @@ def launch_plan(
         return plan
     ids, tile, run_index, run_end = plan
     with torch.cuda.device_of(task_ids):
-        kernels.plan_tasks_kernel[(num_tiles,)](
+        launch(
+            kernels.plan_tasks_kernel, (num_tiles,),
             task_ids, cu_seqlens, ids, tile, run_index, run_end,
             rows, task_ids.numel(), max(rows // max(task_ids.numel(), 1), 1), num_tasks,
             PACKED=cu_seqlens is not None, TILE=tiles.PLAN_TILE, num_warps=4,
