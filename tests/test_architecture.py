@@ -45,7 +45,7 @@ LAYERS = {
     ),
     "peft_ops/nn": ({"nn", "ops", "reference", "_checks", "_library"}, {"torch"}, set()),
     "peft_ops/integrations": (
-        {"integrations", "nn", "ops", "reference", "_backend"},
+        {"integrations", "nn", "ops", "reference", "_backend", "_checks"},
         {"torch"},
         {"peft", "safetensors", "transformers"},
     ),
