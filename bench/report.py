@@ -191,7 +191,9 @@ def write(rows: list[dict], out: Path) -> list[Path]:
     (out / "operators.md").write_text("\n".join(tables) + "\n")
     for name, draw in PLOTS.items():
         if drawn := draw(rows):
-            drawn.savefig(out / f"{name}.svg", metadata={"Date": None})
+            svg = out / f"{name}.svg"
+            drawn.savefig(svg, metadata={"Date": None})
+            svg.write_text("".join(line.rstrip() + "\n" for line in svg.read_text().splitlines()))
             drawn.savefig(out / f"{name}.png", dpi=150)
     return sorted(out.iterdir())
 

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(peft_ops_native, CPU, m) {
   m.impl("prompt_concat_backward", TORCH_BOX(&peft_ops::prompt_concat_backward));
   m.impl("prompt_concat_packed", TORCH_BOX(&peft_ops::prompt_concat_packed));
   m.impl("prompt_concat_packed_backward", TORCH_BOX(&peft_ops::prompt_concat_packed_backward));
+  m.impl("prompt_layout", TORCH_BOX(&peft_ops::prompt_layout));
   m.impl("prompt_embed", TORCH_BOX(&peft_ops::prompt_embed));
   m.impl("prompt_embed_backward", TORCH_BOX(&peft_ops::prompt_embed_backward));
 }

@@ -53,6 +53,8 @@ NATIVE_SCHEMAS = {
     "ia3_scale": "(Tensor x, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_scale_backward": "(Tensor dy, Tensor z, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dz, bool need_dl) -> (Tensor, Tensor)",
+    "prompt_layout": "(Tensor tokens, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths, Tensor? attention_mask,"
+    " Tensor? labels, bool left, bool after_bos) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, float scale, Tensor? types,"
     " Tensor? type_embedding, Tensor? positions, Tensor? position_embedding) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",

@@ -415,6 +415,29 @@ def test_prompt_concat_is_bitwise_the_reference(E, left, p_dtype, dtype):
     assert_bits(native.prompt_concat(embedded, None, prompts, layout, *PLAIN), want)
 
 
+@pytest.mark.parametrize("after_bos", [False, True], ids=["before", "after bos"])
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("masks", [None, torch.int64, torch.int32, torch.bool], ids=str)
+def test_prompt_layout_is_the_reference(masks, left, after_bos):
+    for B, S, P, wide in [(7, 5, 3, True), (300, 9, 4, False), (3, 0, 2, True), (3, 4, 0, True), (0, 3, 2, True)]:
+        dtype = torch.int64 if wide else torch.int32
+        mask = None if masks is None else (torch.rand(B, S) < 0.7).to(masks) * (1 if masks is torch.bool else 3)
+        if mask is not None and mask.numel():
+            mask[0] = 0  # a row of padding
+        ids, lengths = torch.randint(-3, TASKS + 2, (B,), dtype=dtype), torch.randint(-1, P + 2, (TASKS,), dtype=dtype)
+        labels = torch.randint(-5, 99, (B, S), dtype=dtype)
+        for task_ids, prompt_lengths, tasks in ((ids, lengths, TASKS), (ids, None, TASKS), (None, None, 1)):
+            sizes = B, S, tasks, P
+            device, tensors = torch.device("cpu"), (labels, torch.empty(tasks, P, 1))
+            layout = reference.prompt_layout(task_ids, prompt_lengths, mask, sizes, left, device, after_bos)
+            want = (layout, *reference.concat_metadata(layout, mask, labels, S, P))
+            got = native.prompt_layout(*tensors, task_ids, prompt_lengths, mask, labels, left, after_bos)
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b)
+            none = native.prompt_layout(*tensors, task_ids, prompt_lengths, mask, None, left, after_bos)
+            assert none[3].shape == (0,) and torch.equal(none[4], want[4])
+
+
 @pytest.mark.parametrize("offset", range(8))
 def test_prompt_concat_misaligned_and_strided(offset, dtype):
     B, S, P, E, V = 3, 4, 2, 33, 6
@@ -633,6 +656,7 @@ PACKED, OFFSETS = (
     torch.tensor([[0, 0, 0, 2], [-1, 0, 0, 0]], dtype=torch.int32),
     torch.tensor([0, 5], dtype=torch.int32),
 )
+IDS3 = torch.zeros(3, dtype=torch.int64)
 BAD_CALLS = [
     ("first_bad_id", (X, 2), "task_ids must be int32 or int64, got Float"),
     ("first_bad_id", (torch.tensor([0]), -1), "num_tasks must not be negative, got -1"),
@@ -666,6 +690,12 @@ BAD_CALLS = [
     ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT.long(), *PLAIN), "layout must be int32, got Long"),
     ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT[:1], *PLAIN), r"layout must be \[2, 4\], got \[1, 4\]"),
     ("prompt_concat", (TOKENS, EMBEDDING, PROMPTS, LAYOUT + 1, *PLAIN), "layout must stay inside 1 tasks, 3"),
+    ("prompt_layout", (IDS3, PROMPTS, None, None, None, None, True, False), "tokens must be .B, S. or .B, S, E., got"),
+    ("prompt_layout", (TOKENS, X, None, None, None, None, True, False), "prompts must be 3-D, got shape"),
+    ("prompt_layout", (TOKENS, PROMPTS, IDS3, None, None, None, True, False), "task_ids must have 2 entries"),
+    ("prompt_layout", (TOKENS, PROMPTS, None, IDS3, None, None, True, False), "prompt_lengths must have 1 en"),
+    ("prompt_layout", (TOKENS, PROMPTS, None, None, X, None, True, False), "attention_mask must be int32, in"),
+    ("prompt_layout", (TOKENS, PROMPTS, None, None, None, TOKENS[:1], True, False), "labels must be contiguous, of sh"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 1, 6), r"P must lie in \[0, 5\], got 6"),
     ("prompt_concat_backward", (DOUT, LAYOUT, -1, 2), "num_tasks must not be negative, got -1"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 0, 2), "layout must stay inside 0 tasks"),

@@ -49,6 +49,17 @@ std::tuple<Tensor, Tensor> ia3_scale_backward(
     bool need_dz,
     bool need_dl);
 
+// layout, attention_mask, position_ids, labels, token_map
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_layout(
+    const Tensor& tokens,
+    const Tensor& prompts,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<Tensor>& prompt_lengths,
+    const std::optional<Tensor>& attention_mask,
+    const std::optional<Tensor>& labels,
+    bool left,
+    bool after_bos);
+
 Tensor prompt_concat(
     const Tensor& tokens,
     const std::optional<Tensor>& embedding,

@@ -60,7 +60,113 @@ Tokens check_tokens(const char* op, const Tensor& tokens, const std::optional<Te
   return {ids, table, {}, tokens.size(0), tokens.size(1), table.cols, table.dtype};
 }
 
+// Integers [B, S] of a width that the output keeps; null data for none.
+struct Integers {
+  const char* data;
+  int64_t size;
+
+  int64_t operator[](int64_t i) const {
+    switch (size) {
+      case 8:
+        return reinterpret_cast<const int64_t*>(data)[i];
+      case 4:
+        return reinterpret_cast<const int32_t*>(data)[i];
+      default:
+        return reinterpret_cast<const uint8_t*>(data)[i];
+    }
+  }
+
+  void set(char* out, int64_t i, int64_t value) const {
+    switch (size) {
+      case 8:
+        reinterpret_cast<int64_t*>(out)[i] = value;
+        break;
+      case 4:
+        reinterpret_cast<int32_t*>(out)[i] = int32_t(value);
+        break;
+      default:
+        reinterpret_cast<uint8_t*>(out)[i] = uint8_t(value);
+    }
+  }
+};
+
+Integers check_integers(const char* op, const char* arg, const std::optional<Tensor>& t, int64_t B, int64_t S, bool may_be_bool) {
+  using torch::headeronly::ScalarType;
+  if (!t)
+    return {nullptr, 8};
+  ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Long || dtype == ScalarType::Int || (may_be_bool && dtype == ScalarType::Bool),
+      op, ": ", arg, " must be int32", may_be_bool ? ", int64 or bool" : " or int64", ", got ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(
+      t->dim() == 2 && t->size(0) == B && t->size(1) == S && t->is_contiguous(),
+      op, ": ", arg, " must be contiguous, of shape [", B, ", ", S, "], got shape ", shape_of(*t));
+  return {static_cast<const char*>(t->data_ptr()), dtype == ScalarType::Long ? 8 : dtype == ScalarType::Int ? 4 : 1};
+}
+
 } // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_layout(
+    const Tensor& tokens,
+    const Tensor& prompts,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<Tensor>& prompt_lengths,
+    const std::optional<Tensor>& attention_mask,
+    const std::optional<Tensor>& labels_in,
+    bool left,
+    bool after_bos) {
+  const char* op = "prompt_layout";
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(tokens.dim() >= 2, op, ": tokens must be [B, S] or [B, S, E], got shape ", shape_of(tokens));
+  STD_TORCH_CHECK(prompts.dim() == 3, op, ": prompts must be 3-D, got shape ", shape_of(prompts));
+  int64_t B = tokens.size(0), S = tokens.size(1), num_tasks = prompts.size(0), P = prompts.size(1);
+  Ids ids = task_ids ? int_ids(op, "task_ids", *task_ids) : Ids{};
+  Ids lengths = prompt_lengths ? int_ids(op, "prompt_lengths", *prompt_lengths) : Ids{};
+  STD_TORCH_CHECK(!task_ids || ids.size == B, op, ": task_ids must have ", B, " entries, got ", ids.size);
+  STD_TORCH_CHECK(
+      !prompt_lengths || lengths.size == num_tasks, op, ": prompt_lengths must have ", num_tasks, " entries, got ", lengths.size);
+  Integers mask = check_integers(op, "attention_mask", attention_mask, B, S, true);
+  Integers labels = check_integers(op, "labels", labels_in, B, S, false);
+  int64_t L = P + S;
+  Tensor layout_out = empty({B, 4}, ScalarType::Int), positions_out = empty({B, L}, ScalarType::Long);
+  Tensor mask_out = empty({B, L}, attention_mask ? attention_mask->scalar_type() : ScalarType::Long);
+  Tensor map_out = empty({B, L}, ScalarType::Long);
+  Tensor labels_out = labels_in ? empty({B, L}, labels_in->scalar_type()) : empty({0}, ScalarType::Long);
+  int32_t* layout = static_cast<int32_t*>(layout_out.data_ptr());
+  int64_t* positions = static_cast<int64_t*>(positions_out.data_ptr());
+  int64_t* map = static_cast<int64_t*>(map_out.data_ptr());
+  char *mask_ptr = static_cast<char*>(mask_out.data_ptr()), *labels_ptr = static_cast<char*>(labels_out.data_ptr());
+  torch::stable::parallel_for(0, B, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, L)), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b++) {
+      int64_t id = task_ids ? ids[b] : 0;
+      if (task_ids && (id < kBase || id >= num_tasks))
+        id = kBad;
+      int64_t length = id < 0 ? 0 : prompt_lengths && num_tasks > 0 ? std::clamp<int64_t>(lengths[id], 0, P) : P;
+      int64_t front = left ? P - length : 0, before = after_bos && S > 0;
+      if (mask.data != nullptr && S > 0) {
+        int64_t first = 0;
+        while (first < S && mask[b * S + first] == 0)
+          first++;
+        before = first < S ? first + after_bos : left ? S : 0;
+      }
+      const int64_t row[] = {id, front, before, length};
+      std::copy(row, row + 4, layout + b * 4);
+      int64_t real = 0;
+      for (int64_t j = 0; j < L; j++) {
+        int64_t slot = j - front, source = slot < before ? slot : slot - length, i = b * L + j;
+        bool prompt = slot >= before && slot < before + length, token = !prompt && source >= 0 && source < S;
+        int64_t attended = prompt ? 1 : !token ? 0 : mask.data == nullptr ? 1 : mask[b * S + source];
+        bool text = token && attended != 0;
+        mask.set(mask_ptr, i, attended);
+        positions[i] = attended != 0 ? real++ : 0;
+        map[i] = text ? source : -1;
+        if (labels_in)
+          labels.set(labels_ptr, i, text ? labels[b * S + source] : -100);
+      }
+    }
+  });
+  return {layout_out, mask_out, positions_out, labels_out, map_out};
+}
 
 Tensor prompt_concat(
     const Tensor& tokens_in,

@@ -148,8 +148,16 @@ def _prompt_concat(
             check_added_in_range("prompt_concat", _added(layout, positions, token_map, *tables), position_offset)
         return outputs
     sizes = B, S, num_tasks, P
-    layout = reference.prompt_layout(task_ids, prompt_lengths, attention_mask, sizes, left, tokens.device, after_bos)
-    mask, positions, labels, token_map = reference.concat_metadata(layout, attention_mask, labels, S, P)
+    if on_native and tokens.is_cpu and (attention_mask is None or attention_mask.dtype in (torch.bool, *IDS)):
+        layout, mask, positions, labels, token_map = native.prompt_layout(
+            tokens, prompts, task_ids, prompt_lengths, attention_mask, labels, left, after_bos
+        )
+    else:
+        layout = reference.prompt_layout(
+            task_ids, prompt_lengths, attention_mask, sizes, left, tokens.device, after_bos
+        )
+        mask, positions, labels, token_map = reference.concat_metadata(layout, attention_mask, labels, S, P)
+        labels = tokens.new_empty(0, dtype=torch.int64) if labels is None else labels
     added = _added(layout, positions, token_map, *tables)
     check_added_in_range("prompt_concat", added, position_offset)
     if on_native:
@@ -157,7 +165,7 @@ def _prompt_concat(
         out = native.prompt_concat(tokens, embedding, prompts, layout, scale, *added[0], *added[1])
     else:
         out = reference.concat_embeddings(tokens, embedding, prompts, layout, embed_scale, added)
-    return out, mask, positions, tokens.new_empty(0, dtype=torch.int64) if labels is None else labels, token_map, layout
+    return out, mask, positions, labels, token_map, layout
 
 
 def _prompt_concat_fake(
