@@ -68,7 +68,7 @@ bench: setup  ## every operator beside its peers: results, tables and plots in b
 	$(PY) -m bench.report --storage $(RUNS) $(if $(PARTIAL),--out $(PARTIAL))
 	$(PY) -m bench.overhead --json $(or $(PARTIAL),bench/results/cpu)/overhead.json
 
-bench-compare: $(INSTALLED)  ## the last two runs of `make bench` against each other: over 15 % slower fails
+bench-compare: $(INSTALLED)  ## the last two runs of `make bench` against each other: ours over 15 % slower fails
 	$(PY) -m bench.report --compare
 
 lint: $(INSTALLED)  ## what pre-commit checks, on the whole tree

@@ -249,7 +249,7 @@ def test_training_peers_run_backward():
     assert measured.saved()["eager"] > 64 * 64 * 2, "the gathered vectors are kept too"
 
 
-def saved_run(slowdown: float = 1.0, **environment) -> dict:
+def saved_run(slowdown: float = 1.0, machine: float = 1.0, **environment) -> dict:
     """What pytest-benchmark saves of two shapes."""
     place = {
         "device": "a CPU",
@@ -275,7 +275,10 @@ def saved_run(slowdown: float = 1.0, **environment) -> dict:
                 f"{layer} {phase} {tasks}",
             )
             late = slowdown if peer == "peft_ops" and tasks == 64 else 1.0
-            benchmarks.append({"fullname": name, "group": group, "extra_info": facts, "stats": {"median": 2e-6 * late}})
+            facts["ratio"] = [late * r for r in facts["ratio"]]
+            benchmarks.append(
+                {"fullname": name, "group": group, "extra_info": facts, "stats": {"median": 2e-6 * late * machine}}
+            )
     return {"benchmarks": benchmarks, "machine_info": {"environment": place | environment}}
 
 
@@ -329,8 +332,10 @@ def test_compare_holds_the_last_two_runs(store, monkeypatch, capsys):
     assert compare_runs()[0] == 0
     store(4, saved_run(slowdown=1.14 * 1.2))
     code, printed = compare_runs()
-    assert code == 1 and "15 benchmarks, 1 over" in printed and "1.20 x  test_operator[B-decode-64-peft_ops]" in printed
-    store(5, saved_run(threads=8))
+    assert code == 1 and "5 benchmarks, 1 over" in printed and "1.20 x  test_operator[B-decode-64-peft_ops]" in printed
+    store(5, saved_run(slowdown=1.14 * 1.2, machine=2))
+    assert compare_runs()[0] == 0, "the bare layer is as much slower"
+    store(6, saved_run(threads=8))
     monkeypatch.setattr("sys.argv", ["report", "--compare", "--storage", str(store.folder)])
     with pytest.raises(ValueError, match="the runs cannot be compared: threads was 2, and is 8"):
         report.main()
