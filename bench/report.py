@@ -314,6 +314,24 @@ def overhead(results: Path) -> str:
     )
 
 
+def launcher(results: Path) -> str:
+    path = results / "cpu/launcher.json"
+    if not path.exists():
+        return NOT_MEASURED
+    found = json.loads(path.read_text())
+    lines = [
+        [
+            name,
+            f"{us['kernel[grid]']:.1f}",
+            f"{us['launch']:.1f}",
+            f"{us['ratio']:.2f} ({us['low']:.2f}-{us['high']:.2f})",
+        ]
+        for name, us in found["us per launch"].items()
+    ]
+    place = f"Triton {found['triton']}, a driver that does nothing below; microseconds."
+    return f"{place}\n\n" + markdown(["", "`kernel[grid](...)`", "`launch(kernel, grid, ...)`", "ratio"], lines)
+
+
 def operators(device: str, table: Callable[[list[dict]], str]) -> Callable[[Path], str]:
     def block(results: Path) -> str:
         path = results / device / "operators.jsonl"
@@ -330,6 +348,7 @@ BLOCKS = {
     "drop-in": drop_in,
     "training": training,
     "overhead": overhead,
+    "launcher": launcher,
     "cpu": operators("cpu", summary_table),
     "gpu": operators("gpu", summary_table),
     "cpu shapes": operators("cpu", ratio_table),
