@@ -178,8 +178,8 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return
     ids = ids.reshape(-1)
-    if has_native() and not ids.is_cuda and end > low:
-        at = native.first_bad_id(ids if low == -1 else ids - (low + 1), end - low - 1)
+    if has_native() and not ids.is_cuda:
+        at = native.first_bad_id(ids, low, end)
     else:
         bad = (ids < low) | (ids >= end)
         at = int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1

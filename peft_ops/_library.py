@@ -46,7 +46,8 @@ SCHEMAS = {
 # csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
 # x, dy, z, gate, up, dh: [M, N], last dimension contiguous, or [..., N], contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
-    "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
+    "first_bad_id": "(Tensor ids, int low, int end) -> int",
+    "first_bad_offset": "(Tensor cu_seqlens, int total, int max_seqlen) -> int",
     "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_glu_backward": "(Tensor dh, Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dx, bool need_dl) -> (Tensor, Tensor, Tensor)",
@@ -58,6 +59,8 @@ NATIVE_SCHEMAS = {
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, float scale, Tensor? types,"
     " Tensor? type_embedding, Tensor? positions, Tensor? position_embedding) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
+    "packed_layout": "(Tensor tokens, Tensor cu_seqlens, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
+    " Tensor? labels, int num_rows, bool after_bos) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_packed": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, Tensor cu_seqlens,"
     " int num_rows) -> Tensor",
     "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, int num_tasks, int P) -> Tensor",

@@ -16,7 +16,7 @@ from peft_ops._native_rule import CUDA_OPS, CUDA_WINS, native_wins
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if op != "first_bad_id")
+NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if not op.startswith("first_bad_"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -148,6 +148,10 @@ def _prompt_concat(
             check_added_in_range("prompt_concat", _added(layout, positions, token_map, *tables), position_offset)
         return outputs
     sizes = B, S, num_tasks, P
+    if on_native and tokens.is_cpu:
+        tokens, embedding, prompts, attention_mask, labels = (
+            None if t is None else t.contiguous() for t in (tokens, embedding, prompts, attention_mask, labels)
+        )
     if on_native and tokens.is_cpu and (attention_mask is None or attention_mask.dtype in (torch.bool, *IDS)):
         layout, mask, positions, labels, token_map = native.prompt_layout(
             tokens, prompts, task_ids, prompt_lengths, attention_mask, labels, left, after_bos

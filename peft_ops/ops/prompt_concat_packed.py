@@ -7,7 +7,7 @@ from peft_ops import reference
 from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
 from peft_ops._checks import IDS, check_ids_in_range, check_prompts, check_tensor, check_tokens, shape
 from peft_ops._launch import launch
-from peft_ops._library import Operator, native, use_native, use_reference
+from peft_ops._library import Operator, has_native, native, use_native, use_reference
 from peft_ops.reference import PackedPromptBatch
 
 kernels, tiles = LazyKernels("prompt_concat_packed"), LazyKernels("tiles")
@@ -90,6 +90,17 @@ def _check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
         raise ValueError(f"{op}: max_seqlen must be at least {length}, as sequence {b} has, got {max_seqlen}")
 
 
+def _check_room(covered: int | None, layout: Tensor, P: int, num_rows: int) -> None:
+    """ValueError where num_rows does not hold `covered` tokens and the prompts of `layout`; None: nobody may ask."""
+    if covered is None or num_rows >= covered + (layout.shape[0] - 1) * P:  # room for whole prompts
+        return
+    needed = covered + int(layout[:, 3].sum())
+    if needed > num_rows:
+        raise ValueError(
+            f"prompt_concat_packed: num_rows must be at least {needed} for these sequences and prompts, got {num_rows}"
+        )
+
+
 def _prompt_concat_packed(
     tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, max_seqlen, num_rows, after_bos
 ):
@@ -99,33 +110,36 @@ def _prompt_concat_packed(
     check_ids_in_range(op, task_ids, num_tasks)
     if prompt_lengths is not None:
         check_ids_in_range(op, prompt_lengths, P + 1, "prompt_lengths", low=0)
-    checked = DEBUG or not (tokens.is_cuda or INTERPRET)
-    if checked:
-        _check_offsets(cu_seqlens, total, max_seqlen)
+    covered = None
+    if DEBUG or not (tokens.is_cuda or INTERPRET):
+        if tokens.is_cuda or not has_native() or native.first_bad_offset(cu_seqlens, total, max_seqlen) >= 0:
+            _check_offsets(cu_seqlens, total, max_seqlen)
+        covered = int(cu_seqlens[-1])
         if embedding is not None:  # what no sequence covers may be anything
-            check_ids_in_range(op, tokens[: int(cu_seqlens[-1])], embedding.shape[0], "input_ids", low=0)
+            check_ids_in_range(op, tokens[:covered], embedding.shape[0], "input_ids", low=0)
     source = tokens if embedding is None else embedding
     widest = prompts if prompts.dtype == torch.float64 else source  # fp64 anywhere runs on plain PyTorch
     if use_triton(op, widest):
-        batch = launch_packed(
+        outputs = launch_packed(
             tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos
         )
-        layout = batch[5]
-    else:
-        sizes = total, num_tasks, P, num_rows
-        batch, (layout, out_cu) = None, reference.packed_layout(cu_seqlens, task_ids, prompt_lengths, sizes, after_bos)
-    if checked and (needed := int(cu_seqlens[-1]) + int(layout[:, 3].sum())) > num_rows:
-        raise ValueError(f"{op}: num_rows must be at least {needed} for these sequences and prompts, got {num_rows}")
-    if batch is not None:
-        return batch
-    rows = reference.packed_rows(layout, out_cu, num_rows)
+        _check_room(covered, outputs[5], P, num_rows)
+        return outputs
     if use_native(op, widest):
-        embedding = None if embedding is None else embedding.contiguous()
-        out = native.prompt_concat_packed(
-            tokens.contiguous(), embedding, prompts.contiguous(), layout, out_cu, num_rows
+        tokens, embedding, prompts, labels = (
+            None if t is None else t.contiguous() for t in (tokens, embedding, prompts, labels)
         )
-    else:
-        out = reference.packed_embeddings(tokens, embedding, prompts, rows)
+        layout, out_cu, positions, labels, token_map = native.packed_layout(
+            tokens, cu_seqlens, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos
+        )
+        _check_room(covered, layout, P, num_rows)
+        out = native.prompt_concat_packed(tokens, embedding, prompts, layout, out_cu, num_rows)
+        return out, out_cu, positions, labels, token_map, layout
+    sizes = total, num_tasks, P, num_rows
+    layout, out_cu = reference.packed_layout(cu_seqlens, task_ids, prompt_lengths, sizes, after_bos)
+    _check_room(covered, layout, P, num_rows)
+    rows = reference.packed_rows(layout, out_cu, num_rows)
+    out = reference.packed_embeddings(tokens, embedding, prompts, rows)
     positions, labels, token_map = reference.packed_metadata(labels, rows)
     labels = tokens.new_empty(0, dtype=torch.int64) if labels is None else labels
     return out, out_cu, positions, labels, token_map, layout
