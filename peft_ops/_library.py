@@ -38,7 +38,7 @@ SCHEMAS = {
     " Tensor? token_type_ids, SymInt position_offset, float embed_scale) -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
     "prompt_concat_packed": "(Tensor tokens, Tensor cu_seqlens, Tensor? embedding, Tensor prompts, Tensor? task_ids,"
-    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, bool after_bos)"
+    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, float embed_scale, bool after_bos)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, SymInt num_tasks, SymInt P)"
     " -> Tensor",
@@ -62,7 +62,7 @@ NATIVE_SCHEMAS = {
     "packed_layout": "(Tensor tokens, Tensor cu_seqlens, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " Tensor? labels, int num_rows, bool after_bos) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_packed": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, Tensor cu_seqlens,"
-    " int num_rows) -> Tensor",
+    " int num_rows, float scale) -> Tensor",
     "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, int num_tasks, int P) -> Tensor",
     "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " float scale, Tensor? types, Tensor? type_embedding, Tensor? positions, Tensor? position_embedding)"

@@ -543,9 +543,9 @@ def test_prompt_concat_packed_is_bitwise_the_reference(E, num_rows, dtype):
     rows = reference.packed_rows(layout, cu, num_rows)
     for tokens, embedding in ((ids, table), (ids.int(), table), (randn(total, E, dtype=dtype), None)):
         want = reference.packed_embeddings(tokens, embedding, prompts, rows)
-        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows, 1.0), want)
         torch.set_num_threads(1)
-        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows, 1.0), want)
         torch.set_num_threads(2)
 
 
@@ -565,7 +565,7 @@ def test_prompt_concat_packed_reads_nothing_outside_its_tensors():
     layout = torch.tensor([[0, 1 << 30, 0, 1], [-1, 2, 0, 0], [-1, 0, 0, 0]], dtype=torch.int32)
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)
     for tokens, embedding in ((torch.zeros(3, dtype=torch.int64), torch.ones(4, 2)), (torch.ones(3, 2), None)):
-        out = native.prompt_concat_packed(tokens, embedding, torch.ones(1, 2, 2) * 7, layout, cu, 6)[:, 0]
+        out = native.prompt_concat_packed(tokens, embedding, torch.ones(1, 2, 2) * 7, layout, cu, 6, 1.0)[:, 0]
         assert out.nan_to_num(-1).tolist() == [7, -1, -1, 1, -1, 0]
 
 
@@ -759,12 +759,12 @@ BAD_CALLS = [
     ("packed_layout", (IDS3, OFFSETS[:0], PROMPTS, None, None, None, 9, False), "cu_seqlens must have B . 1 entries"),
     ("packed_layout", (IDS3, OFFSETS, PROMPTS, IDS3, None, None, 9, False), "task_ids must have 1 entries, got 3"),
     ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, IDS3, None, 9, False), "prompt_lengths must have 1 entries"),
-    ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, None, IDS3[:2], 9, False), r"labels must be contiguous, of shape \["),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, OFFSETS, 3), "layout must stay inside 1 tasks"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED + 1, OFFSETS, 9), "layout must stay inside 1"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED[:1], OFFSETS, 9), r"layout must be \[2, 4\], got"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, -OFFSETS, 9), "layout must stay inside"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS[..., :4], PACKED, OFFSETS, 9), "prompts must have 8 col"),
+    ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, None, IDS3[:2], 9, False), "labels must be contiguous, of sh"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, OFFSETS, 3, 1.0), "layout must stay inside 1"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED + 1, OFFSETS, 9, 1.0), "layout must stay inside 1"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED[:1], OFFSETS, 9, 1.0), r"layout must be \[2, 4\]"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, -OFFSETS, 9, 1.0), "layout must stay inside"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS[..., :4], PACKED, OFFSETS, 9, 1.0), "prompts must have 8"),
     ("prompt_concat_packed_backward", (DOUT, PACKED, OFFSETS, 1, 2), r"dout must be \[1, num_rows, E\], got shape"),
     ("prompt_concat_packed_backward", (DOUT[:1], PACKED, OFFSETS, -1, 2), "num_tasks and P must not be negative"),
     ("prompt_concat", (*CONCAT, 1.0, SLOTS, None, None, None), "types and type_embedding must be given together"),

@@ -95,7 +95,8 @@ Tensor prompt_concat_packed(
     const Tensor& prompts,
     const Tensor& layout,
     const Tensor& cu_seqlens,
-    int64_t num_rows);
+    int64_t num_rows,
+    double scale);
 
 Tensor prompt_concat_packed_backward(
     const Tensor& dout, const Tensor& layout, const Tensor& cu_seqlens, int64_t num_tasks, int64_t P);

@@ -124,7 +124,8 @@ Tensor prompt_concat_packed(
     const Tensor& prompts_in,
     const Tensor& layout,
     const Tensor& cu_seqlens,
-    int64_t num_rows) {
+    int64_t num_rows,
+    double embed_scale) {
   const char* op = "prompt_concat_packed";
   Ids ids = embedding ? int_ids(op, "tokens", tokens) : Ids{};
   Rows table = embedding ? float_rows(op, "embedding", *embedding) : float_rows(op, "tokens", tokens);
@@ -135,6 +136,7 @@ Tensor prompt_concat_packed(
   std::vector<Sequence> sequences = read_sequences(op, layout, cu_seqlens, num_rows, prompts.size0, prompts.size1);
   Tensor out = empty({num_rows, E}, (embedding ? *embedding : tokens).scalar_type());
   SlotWriter writer{static_cast<char*>(out.data_ptr()), E, table.dtype, {}, {}};
+  float scale = embedding ? float(embed_scale) : 1.0f;
   torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, E)), [&](int64_t begin, int64_t end) {
     auto after = [](int64_t row, const Sequence& s) { return row < s.end; };
     auto s = std::upper_bound(sequences.begin(), sequences.end(), begin, after);
@@ -153,7 +155,7 @@ Tensor prompt_concat_packed(
         if (embedding)
           token = token < total ? ids[token] : -1;
         if (token >= 0 && token < table.rows)
-          writer.write(i, table.dtype, table.row(token));
+          writer.write(i, table.dtype, table.row(token), scale);
         else
           writer.write_nan(i);
       }

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
@@ -30,6 +29,8 @@ from peft_ops.ops.ia3_linear import (
     persistent,
     plan_arguments,
     split_workspace,
+    times_weight,
+    vendor_linear,
 )
 from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, shaped, sum_chunks
 from peft_ops.ops.task_plan import per_sequence
@@ -205,7 +206,7 @@ def _ia3_glu_linear(
             rows, *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
         )
     else:
-        g, u = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+        g, u = vendor_linear(x, gate_weight, gate_bias), vendor_linear(x, up_weight, up_bias)
         h = glu_forward(op, g, u, ia3_l, task_ids, activation)
     if not save:
         return shaped(h, lead), x.new_empty(0), x.new_empty(0)
@@ -246,7 +247,7 @@ def _glu_linear_backward(ctx, dh, *_):
     (dg, du), dl = glu_backward(dh, g, u, ia3_l, task_ids, ctx.activation, need_dx, need_l)
     dx = None
     if need_x:  # both products into one dx: no third tensor of its size, no addition of its own
-        dx = (as_matrix(dg) @ gate_weight).addmm_(as_matrix(du), up_weight).view(*dh.shape[:-1], up_weight.shape[1])
+        dx = times_weight(du, up_weight, onto=times_weight(dg, gate_weight))
     rows = None if x is None else as_matrix(x)
     dgw, duw = (as_matrix(d).t() @ rows if need else None for d, need in ((dg, need_gw), (du, need_uw)))
     dgb, dub = (as_matrix(d).sum(0) if need else None for d, need in ((dg, need_gb), (du, need_ub)))

@@ -1,7 +1,6 @@
 """Two linear layers over one x, each with its own (IA)^3 vector: k = (x Wk^T) * lk[t], v = (x Wv^T) * lv[t]."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
@@ -20,6 +19,7 @@ from peft_ops.ops.ia3_linear import (
     persistent,
     plan_arguments,
     split_workspace,
+    vendor_linear,
 )
 from peft_ops.ops.ia3_scale import as_rows, scale_forward, shaped
 from peft_ops.ops.task_plan import per_sequence
@@ -105,7 +105,7 @@ def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, pl
     sides = (k_weight, k_bias, k_l), (v_weight, v_bias, v_l)
     rows = as_rows(x)
     if not single.is_fused(op, rows, k_weight, v_weight) or rows.shape[0] == 0:
-        zs = [F.linear(x, weight, bias) for weight, bias, _ in sides]
+        zs = [vendor_linear(x, weight, bias) for weight, bias, _ in sides]
         k, v = (scale_forward(op, z, table, task_ids) for z, (_, _, table) in zip(zs, sides, strict=True))
         return k, v, *((z.contiguous() for z in zs) if save else (nothing, x.new_empty(0)))
     check_ids_in_range(op, task_ids, k_l.shape[0])
