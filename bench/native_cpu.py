@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 def case(kernel: str, shape: Shape, calls: dict[str, Callable]) -> Case:
     op, *more = kernel.removesuffix(", public").split()
-    return Case(kernel, shape, calls, native_wins(op, DTYPES[shape.dtype], shape.elements, fused=bool(more)))
+    return Case(kernel, shape, calls, native_wins(op, DTYPES[shape.dtype], fused=bool(more)))
 
 
 def seconds(f: Callable, n: int) -> float:

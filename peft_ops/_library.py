@@ -120,7 +120,7 @@ def use_native(op: str, x: Tensor, fused: bool = True, numel: int | None = None)
         return backend == "native"
     if device == "cuda":
         return native_wins_on_cuda(op, x.numel() if numel is None else numel)
-    return not INTERPRET and native_wins(op, x.dtype, x.numel(), fused)
+    return not INTERPRET and native_wins(op, x.dtype, fused)
 
 
 # Names under torch._C are private: where one is missing, the slower public road is taken.

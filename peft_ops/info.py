@@ -53,21 +53,9 @@ def why_absent() -> str:
 
 
 def cpu_rule(op: str) -> str:
-    """What `auto` runs on CPU tensors, read off the rule at powers of two."""
-    parts = []
-    for dtype in DTYPES:
-        wins = [size for size in (1 << k for k in range(27)) if native_wins(op, dtype, size)]
-        losses = [size for size in (1 << k for k in range(27)) if size not in wins]
-        name = str(dtype).removeprefix("torch.")
-        if not wins:
-            parts.append(f"{name} plain PyTorch")
-        elif not losses:
-            parts.append(f"{name} native")
-        else:
-            first, last = (wins[0], wins[-1])
-            reach = f"from {first} elements" if last > losses[-1] else f"up to {last} elements"
-            parts.append(f"{name} native {reach}, else plain PyTorch")
-    return "; ".join(parts)
+    """What `auto` runs on CPU tensors."""
+    alone = [str(d).removeprefix("torch.") for d in DTYPES if not native_wins(op, d, fused=False)]
+    return "native" + (f", but plain PyTorch for {', '.join(alone)} with one vector" if alone else "")
 
 
 def gpu_backend() -> str:
