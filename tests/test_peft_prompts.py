@@ -150,6 +150,19 @@ class TestForward:
         got = model(batch["input_ids"], batch["attention_mask"], adapter_names=NAMES).logits
         assert torch.equal(got, want)
 
+    @pytest.mark.parametrize("names", [NAMES, [BASE] * 5], ids=["mixed", "base"])
+    @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+    def test_positional_arguments_are_in_pefts_order(self, family, names):
+        """Embeddings come third and labels behind them, where the base model has positions or token types."""
+        batch, model = batch_of(family, "right"), accelerated(family)
+        decoder_ids = batch.pop("decoder_input_ids", None)
+        given = [None] if family != "t5" else [None, decoder_ids, None, None]  # embeddings, and the decoder's
+        labels = {"llama": batch["input_ids"], "t5": decoder_ids, "bert": torch.arange(5, device=DEVICE) % 3}[family]
+        options = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
+        want = model(**batch, **options, labels=labels, adapter_names=names)
+        got = model(*batch.values(), *given, labels, adapter_names=names)
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
+
     def test_position_ids_are_the_prompts(self):
         """As PEFT does, positions that were given are replaced."""
         batch, model = batch_of("llama", "left"), accelerated("llama")

@@ -103,26 +103,30 @@ def _check_positions(base: nn.Module, mask: Tensor) -> None:
         raise ValueError(f"adapter_names: prompt and text must fit {limit} positions, got {longest}")
 
 
-def by_name(base: nn.Module, args: tuple, kwargs: dict) -> dict:
-    return inspect.signature(base.forward).bind_partial(*args).arguments | kwargs
+def by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The base model's arguments, by the names that PEFT's class for the task gives to the positional ones: its order
+    is not the base model's."""
+    signature = inspect.signature(type(model)._swapped_with[1].forward)
+    bound = signature.bind_partial(model, *args).arguments
+    if "task_ids" in signature.parameters:
+        named = {name: value for name, value in bound.items() if name != "self"} | kwargs
+        named.pop("task_ids", None)  # of multitask prompts
+    else:  # a model without a task: PEFT passes them on
+        named = inspect.signature(model.get_base_model().forward).bind_partial(*args).arguments | kwargs
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def without_prompts(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a batch without prompts, in a model where another batch may have some: the same positions."""
-    bank, base = call.shared.bank, model.get_base_model()
-    some = model.active_peft_config.is_prompt_learning or (bank is not None and bank.prompts is not None)
-    if not some or _counts_in_3d(base):
-        return args, kwargs
-    kwargs = by_name(base, args, kwargs)
-    mask = kwargs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
-        return (), kwargs
+def without_prompts(model: nn.Module, kwargs: dict) -> dict:
+    """The arguments of a batch without prompts for a model that holds some: the positions of a mixed batch."""
+    base, mask = model.get_base_model(), kwargs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None or _counts_in_3d(base):
+        return kwargs
     if reads_an_end(base):
         names = "input_ids", "inputs_embeds", "token_type_ids", "attention_mask"
         moved = pads_aside(mask, *map(kwargs.get, names[:-1]), last=is_decoder(base))
         kwargs = kwargs | {name: t for name, t in zip(names, moved, strict=True) if t is not None}
         mask = moved[-1]
-    return (), kwargs | positions_of(base, mask)
+    return kwargs | positions_of(base, mask)
 
 
 def follow(values: Tensor, token_map: Tensor, fill: int) -> Tensor:

@@ -393,10 +393,9 @@ class MixedModel(Swapped):
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
-                return base(**forward_inputs(self, call, by_name(base, args, kwargs)))
-            args, kwargs = without_prompts(self, call, args, kwargs)
+                return base(**forward_inputs(self, call, by_name(self, args, kwargs)))
             if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
-                return base(*args, **kwargs)
+                return base(**without_prompts(self, by_name(self, args, kwargs)))
             return super().forward(*args, **kwargs)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
