@@ -321,6 +321,56 @@ class TestGeneration:
         for names in (NAMES, [BASE] * 5, ["long"] * 5):
             assert model.generate(**batch, **options, do_sample=False, adapter_names=names).shape == want
 
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("options", [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 5.0}, {"encoder_no_repeat_ngram_size": 1}, {"encoder_no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[6], [50, 3]]}, {"guidance_scale": 1.5}, {"min_new_tokens": 12, "eos_token_id": [6, 93]},
+    ], ids=lambda options: next(iter(options)))  # fmt: skip
+    def test_options_count_a_rows_own_text(self, options, side, beams):
+        """Neither its pads nor the prompt's slots, of which transformers sees the mask."""
+        self.compare("llama", side, num_beams=beams, **options)
+
+    def test_a_processor_of_ones_own_is_the_only_one_of_its_kind(self):
+        """As in transformers, where it takes the option's place."""
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        own = transformers.LogitsProcessorList([transformers.RepetitionPenaltyLogitsProcessor(1.5)])
+        want = self.run(model, batch, adapter_names=NAMES, logits_processor=own)
+        got = self.run(model, batch, adapter_names=NAMES, logits_processor=own, repetition_penalty=5.0)
+        assert torch.equal(got, want) and len(own) == 1
+        assert not torch.equal(got, self.run(model, batch, adapter_names=NAMES))
+
+    @pytest.mark.parametrize("side", SIDES)
+    def test_pads_without_a_mask(self, side):
+        """transformers infers the mask from ids that hold pads, unless those end a text."""
+        batch, model = self.text("llama", side), accelerated("llama")
+        names = ["short", BASE, BASE, "long", BASE]
+        run = lambda **kwargs: self.run(model, kwargs, adapter_names=names)  # noqa: E731
+        want, ids = run(**batch), batch["input_ids"]
+        assert torch.equal(run(input_ids=ids), want)
+        all_text = run(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert not torch.equal(all_text, want)
+        for options in ({"eos_token_id": [95, 0]}, {"pad_token_id": 95}):
+            masked = run(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            assert torch.equal(run(input_ids=ids, **options), masked)
+
+    @pytest.mark.parametrize("side", SIDES)
+    def test_a_dictionary_of_results(self, side):
+        batch, model = self.text("llama", side), accelerated("llama")
+        options = dict(num_beams=3, num_return_sequences=2, adapter_names=NAMES)
+        out = self.run(model, batch, **options, return_dict_in_generate=True, output_scores=True)
+        assert torch.equal(out.sequences, self.run(model, batch, **options)) and len(out.scores) == 16
+
+    def test_a_generation_config_and_the_models_own(self):
+        """What the first leaves open, the second may say."""
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        base, given = model.get_base_model(), transformers.GenerationConfig(do_sample=False, repetition_penalty=5.0)
+        base.generation_config.max_length = 11
+        want = self.run(model, batch, max_new_tokens=4, repetition_penalty=5.0, adapter_names=NAMES)
+        assert torch.equal(model.generate(**batch, generation_config=given, adapter_names=NAMES), want)
+        assert (given.max_length, given.max_new_tokens, given.repetition_penalty) == (None, None, 5.0)
+
     def test_a_generation_config(self):
         batch, model = self.text("llama", "left"), accelerated("llama")
         config = copy.deepcopy(model.get_base_model().generation_config)
@@ -361,12 +411,19 @@ class TestRefused:
             model.generate(batch["input_ids"], None, adapter_names=NAMES)
 
     @pytest.mark.parametrize(
-        "name", ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"]
-    )
+        "name",
+        ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens",
+         "token_healing"],
+    )  # fmt: skip
     def test_what_generate_cannot_do_with_prompts(self, model, name):
         value = [None] if name == "past_key_values" else 1
         with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
             model.generate(**batch_of("llama", "left"), adapter_names=NAMES, **{name: value})
+        config = transformers.GenerationConfig()
+        if hasattr(config, name):
+            setattr(config, name, value)
+            with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
+                model.generate(**batch_of("llama", "left"), adapter_names=NAMES, generation_config=config)
 
     def test_generate_into_an_empty_cache(self, model):
         batch, options = batch_of("llama", "left"), dict(max_new_tokens=4, do_sample=False, adapter_names=NAMES)

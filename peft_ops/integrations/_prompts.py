@@ -1,5 +1,6 @@
 """Prompt adapters of a mixed batch: each row's own prompt before its own text, in the inputs of the base model."""
 
+import copy
 import inspect
 import re
 import warnings
@@ -220,38 +221,109 @@ def _length(past) -> int:
 # of the text alone, or made by a model that would not see the prompts
 GENERATE_REFUSES = (
     "past_key_values", "position_ids", "token_type_ids", "assistant_model", "prompt_lookup_num_tokens",
-    "prefill_chunk_size",
+    "prefill_chunk_size", "token_healing",
 )  # fmt: skip
 
 
-def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> dict:
-    """The same for the base model's generate(): prompts are prefilled, ids stay what the result starts with."""
+def option_of(base: nn.Module, kwargs: dict, name: str):
+    """What generate() finds for an option: its own argument, the configuration that it is given, or the model's."""
+    configs = kwargs.get("generation_config"), base.generation_config
+    values = kwargs.get(name), *(getattr(config, name, None) for config in configs)
+    return next((value for value in values if value is not None), None)
+
+
+def generate_with_prompts(model: nn.Module, call: Call, args: tuple, kwargs: dict):
+    """The base model's generate() with the prompts prefilled; its result starts with the ids as they are given."""
+    base, (ids, kwargs) = model.get_base_model(), generate_inputs(model, call, args, kwargs)
+    out = base.generate(**kwargs)
+    if not base.config.is_encoder_decoder:
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
+    return out
+
+
+def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> tuple[Tensor, dict]:
+    """The ids that are given, and what the base model's generate() takes in place of them."""
     prompts, base, kwargs = prompts_of(model, call), model.get_base_model(), dict(kwargs)
     if args:
         kwargs["input_ids"], *rest = args
         if rest:
             raise TypeError("adapter_names: generate() with prompt adapters takes keyword arguments")
     for name in GENERATE_REFUSES:
-        if kwargs.get(name) is not None and (name != "past_key_values" or _length(kwargs[name])):
+        value = option_of(base, kwargs, name)
+        if value is not None and value is not False and (name != "past_key_values" or _length(value)):
             raise ValueError(f"adapter_names: generate() with prompt adapters must not be given {name}")
     _refuse_images(base, kwargs)
     ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")
     encoder_decoder, text, mask = base.config.is_encoder_decoder, ids, kwargs.get("attention_mask")
-    if mask is not None and not encoder_decoder:
+    if not encoder_decoder:
+        mask = mask_of(base, kwargs, ids) if mask is None else mask
         text, mask = pads_aside(mask, ids, last=True)  # what comes next continues the last slot
     batch = with_prompts(model, prompts, not encoder_decoder, text, None, mask, None)
     _check_positions(base, batch.attention_mask)
-    kwargs |= {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
-    if encoder_decoder:
-        return kwargs
-    # transformers takes the embeddings' length off a total length, where the ids' is meant
-    config = kwargs.get("generation_config") or base.generation_config
+    inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
+    if not encoder_decoder:
+        kwargs = text_options(base, kwargs, text, mask, call.repeats)
+        inputs["input_ids"] = text
+    return ids, kwargs | inputs
+
+
+def mask_of(base: nn.Module, kwargs: dict, ids: Tensor) -> Tensor:
+    """The mask that transformers infers where none is given: pads are ids like pad_token_id, if that ends no text."""
+    pad, ends = (option_of(base, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+    if pad is None or (ends is not None and torch.isin(torch.as_tensor(pad), torch.as_tensor(ends)).any()):
+        return torch.ones_like(ids)
+    return (ids != torch.as_tensor(pad, device=ids.device)).long()
+
+
+class _OfText:
+    """A processor of logits that sees other ids than the result's at the text's slots."""
+
+    def __init__(self, inner, text: Tensor):
+        self.inner, self.text = inner, text
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.inner(torch.cat([self.text, input_ids[:, self.text.shape[1] :]], 1), scores)
+
+
+def text_options(base: nn.Module, kwargs: dict, text: Tensor, mask: Tensor, repeats: int) -> dict:
+    """generate()'s arguments with those options made the text's that transformers would take from the prompt's slots:
+    total lengths, and what is counted in ids, for which it would read the mask, or want ids and find embeddings."""
+    from transformers.generation import logits_process
+
+    changed, length = {}, text.shape[1]
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        wanted = kwargs.pop(total, None) or getattr(config, total, None)
-        if wanted and kwargs.get(new) is None and getattr(config, new, None) is None:
-            if total == "max_length" and wanted <= ids.shape[1]:
-                raise ValueError(f"adapter_names: max_length must exceed the {ids.shape[1]} input ids, got {wanted}")
-            kwargs[new] = max(wanted - ids.shape[1], 0)
-    return kwargs | {"input_ids": ids}
+        wanted = option_of(base, kwargs, total)
+        if wanted and option_of(base, kwargs, new) is None:
+            if total == "max_length" and wanted <= length:
+                raise ValueError(f"adapter_names: max_length must exceed the {length} input ids, got {wanted}")
+            changed[new] = max(wanted - length, 0)
+    given = kwargs.pop("logits_processor", None) or []
+    # a row's own tokens alone: its pads, which come first, become its last token; in n-grams, what is no token
+    real, added = mask != 0, logits_process.LogitsProcessorList()
+    tokens = torch.where(real, text, text[:, -1:]).repeat_interleave(repeats, 0)
+    spaced = torch.where(real, text, -1).repeat_interleave(repeats, 0)
+    for name, off, kind in (
+        ("encoder_repetition_penalty", 1.0, logits_process.EncoderRepetitionPenaltyLogitsProcessor),
+        ("repetition_penalty", 1.0, logits_process.RepetitionPenaltyLogitsProcessor),
+        ("no_repeat_ngram_size", 0, logits_process.NoRepeatNGramLogitsProcessor),
+        ("encoder_no_repeat_ngram_size", 0, logits_process.EncoderNoRepeatNGramLogitsProcessor),
+    ):
+        value = option_of(base, kwargs, name)
+        if value is None or value == off or any(type(processor) is kind for processor in given):
+            continue
+        changed[name] = off
+        ids = spaced if off == 0 and value > 1 else tokens
+        added.append(kind(value, ids) if name.startswith("encoder") else _OfText(kind(value), ids))
+    added.extend(given)
+    if added:
+        kwargs["logits_processor"] = added
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "min_length", *changed)}
+    config = copy.deepcopy(kwargs.get("generation_config"))
+    if config is None:
+        return kwargs | changed
+    for name, value in (changed | {"max_length": None, "min_length": None}).items():
+        setattr(config, name, value)  # transformers deprecates options beside a configuration
+    return kwargs | {"generation_config": config}
