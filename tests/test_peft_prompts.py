@@ -10,8 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 from peft_ops import accelerate, restore
+from peft_ops.integrations._prompts import is_decoder
 from tests.conftest import DEVICE, assert_like_torch
-from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, text
+from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, randomized, set_vectors, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = {"short": 2, "long": 5}
@@ -32,6 +33,37 @@ def plain(family: str, kind: str = "PROMPT_TUNING", task: str | None = None, dty
 
 def accelerated(family: str, kind: str = "PROMPT_TUNING", task: str | None = None) -> nn.Module:
     return accelerate(copy.deepcopy(plain(family, kind, task)))
+
+
+# models of texts and images; PEFT takes the first matrix of VOCAB rows for the embeddings, and images come first
+SIGHT = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, image_size=8, patch_size=4)
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+IMAGE_TEXT = {
+    "llava": (dict(model_type="llama"), dict(SIGHT, model_type="clip_vision_model", num_hidden_layers=1)),
+    "idefics3": (dict(model_type="llama"), dict(SIGHT, num_hidden_layers=1)),
+    "qwen2_vl": (
+        dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+        dict(embed_dim=16, hidden_size=64, depth=1, num_heads=2),
+    ),
+}
+
+
+def image_text_model(kind: str, lengths: dict[str, int] = PROMPTS) -> nn.Module:
+    of_text, of_images = IMAGE_TEXT[kind]
+    of_text = dict(**TEXT, **of_text, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config = transformers.AutoConfig.for_model(kind, text_config=of_text, vision_config=of_images)
+    config.tie_word_embeddings = False
+    base, model = randomized(transformers.AutoModelForImageTextToText.from_config(config)), None
+    for name, length in lengths.items():
+        prompt = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=length, token_dim=64, num_layers=2, num_attention_heads=4
+        )
+        if model is None:
+            model = peft.get_peft_model(base, prompt, name)
+        else:
+            model.add_adapter(name, prompt)
+        set_vectors(model, name)
+    return model.to(DEVICE).eval()
 
 
 def batch_of(family: str, side: str, seed: int = 0) -> dict[str, Tensor]:
@@ -134,6 +166,28 @@ class TestForward:
         types = batch["token_type_ids"]
         out = logits(accelerated("bert"), batch | {"token_type_ids": 1 - types}, adapter_names=NAMES)
         assert not torch.allclose(out, logits(accelerated("bert"), batch, adapter_names=NAMES), atol=1e-2)
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", IMAGE_TEXT)
+    def test_an_image_text_model_is_a_decoder(self, kind, side):
+        """Where padding is on the left, the last slot of every row is its last token."""
+        theirs, batch = image_text_model(kind), batch_of("llama", side)
+        ours = accelerate(copy.deepcopy(theirs))
+        out = logits(ours, batch, adapter_names=NAMES)
+        got = of_tokens(out, batch, decoder=True)
+        assert side == "right" or torch.equal(out[:, -1], torch.stack([row[-1] for row in got]))
+        for row, want in zip(got, by_row(theirs, batch), strict=True):
+            torch.testing.assert_close(row, want, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("cls, options, decoder", [
+        ("BertForMaskedLM", {}, False), ("BertLMHeadModel", {}, False), ("BertLMHeadModel", {"is_decoder": True}, True),
+        ("ElectraForCausalLM", {}, False), ("LlamaForCausalLM", {}, True), ("LlamaForSequenceClassification", {}, True),
+        ("LlamaModel", {}, True), ("BertModel", {}, False), ("XLNetLMHeadModel", {}, True),
+    ])  # fmt: skip
+    def test_what_is_a_decoder(self, cls, options, decoder):
+        cls = getattr(transformers, cls)
+        with torch.device("meta"):
+            assert is_decoder(cls(cls.config_class(**options))) == decoder
 
     def test_pefts_left_padding_stands_between_prompt_and_text(self):
         """PEFT's rows with padding on the left are not those without; ours are, as above."""
@@ -457,17 +511,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
     def test_images_whose_positions_come_from_ids(self, generate):
-        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
-        rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-        config = transformers.Qwen2VLConfig(
-            text_config=dict(**sizes, num_key_value_heads=2, vocab_size=VOCAB, rope_parameters=rope),
-            vision_config=dict(embed_dim=32, hidden_size=64, depth=1, num_heads=2),
-        )
-        base = transformers.Qwen2VLForConditionalGeneration(config)
-        prompt = peft.PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=64, num_layers=1, num_attention_heads=4
-        )
-        model = accelerate(peft.get_peft_model(base, prompt, "red").to(DEVICE).eval())
+        model = accelerate(image_text_model("qwen2_vl", {"red": 3}))
         batch = batch_of("llama", "left")
         call = model.generate if generate else model
         assert call(**batch, adapter_names=["red", "__base__"] * 2 + ["red"]) is not None

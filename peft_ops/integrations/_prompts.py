@@ -180,8 +180,12 @@ def is_decoder(base: nn.Module) -> bool:
     from transformers.models.auto import modeling_auto as auto
 
     kind = base.config.model_type
-    causal = kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return causal or getattr(base.config, "is_decoder", False)
+    if getattr(base.config, "is_decoder", False) or kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return getattr(base.config, "is_decoder", False)  # BERT's kind can generate, from either end
+    if getattr(base, "can_generate", bool)():
+        return True
+    # a classifier of such a kind cannot
+    return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def reads_an_end(base: nn.Module) -> bool:
