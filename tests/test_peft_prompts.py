@@ -48,22 +48,38 @@ IMAGE_TEXT = {
 }
 
 
+def of_prompts(base: nn.Module, task: str, lengths: dict[str, int] = PROMPTS, **options) -> nn.Module:
+    """A PEFT model of a family that FAMILIES does not have."""
+    model = None
+    for name, length in lengths.items():
+        prompt = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=length, **options)
+        if model is None:
+            model = peft.get_peft_model(randomized(base), prompt, name)
+        else:
+            model.add_adapter(name, prompt)
+        set_vectors(model, name)
+    return model.to(DEVICE).eval()
+
+
 def image_text_model(kind: str, lengths: dict[str, int] = PROMPTS) -> nn.Module:
     of_text, of_images = IMAGE_TEXT[kind]
     of_text = dict(**TEXT, **of_text, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=None)
     config = transformers.AutoConfig.for_model(kind, text_config=of_text, vision_config=of_images)
     config.tie_word_embeddings = False
-    base, model = randomized(transformers.AutoModelForImageTextToText.from_config(config)), None
-    for name, length in lengths.items():
-        prompt = peft.PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=length, token_dim=64, num_layers=2, num_attention_heads=4
-        )
-        if model is None:
-            model = peft.get_peft_model(base, prompt, name)
-        else:
-            model.add_adapter(name, prompt)
-        set_vectors(model, name)
-    return model.to(DEVICE).eval()
+    base = transformers.AutoModelForImageTextToText.from_config(config)
+    return of_prompts(base, "CAUSAL_LM", lengths, token_dim=64, num_layers=2, num_attention_heads=4)
+
+
+@cache
+def numbering(kind: str) -> nn.Module:
+    """An encoder-decoder that counts its encoder's slots: the left pads of a text move it."""
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=None, decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    base = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+    return of_prompts(base, "SEQ_2_SEQ_LM")
 
 
 def batch_of(family: str, side: str, seed: int = 0) -> dict[str, Tensor]:
@@ -320,6 +336,116 @@ class TestForward:
         assert torch.equal(logits(model, batch), want)
 
 
+class TestEncodersThatNumberSlots:
+    """BART and its kin take no positions: with pads behind the text, prompt and text stand where they do alone."""
+
+    KINDS = ["bart", "m2m_100", *map(nightly, ("mbart", "pegasus", "marian", "blenderbot"))]
+
+    def batch(self, side: str) -> dict[str, Tensor]:
+        batch = {key: value.to(DEVICE) for key, value in text(LENGTHS, side).items()}
+        return batch | {"decoder_input_ids": text([4] * 5, seed=1)["input_ids"].to(DEVICE)}
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_rows_are_pefts_unpadded_ones(self, kind, side):
+        batch, ours = self.batch(side), accelerate(copy.deepcopy(numbering(kind)))
+        got = logits(ours, batch, adapter_names=NAMES)
+        torch.testing.assert_close(got, torch.stack(by_row(numbering(kind), batch)), rtol=0, atol=1e-3)
+        bare = logits(ours, batch, adapter_names=[BASE] * 5)  # whether or not another row of the batch has a prompt
+        torch.testing.assert_close(bare[[1, 4]], got[[1, 4]], rtol=0, atol=1e-3)
+        ids = batch.pop("decoder_input_ids")
+        got = ours(**batch, labels=ids, return_dict=False, adapter_names=[BASE] * 5)
+        assert torch.equal(got[0], ours(**batch, labels=ids, adapter_names=[BASE] * 5).loss)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    @pytest.mark.parametrize("side", SIDES)
+    def test_what_is_returned_of_the_encoder_stands_where_the_text_does(self, side, generate):
+        """The prompt right before the first real token, as everywhere."""
+        batch, theirs = self.batch(side), numbering("bart")
+        ours = accelerate(copy.deepcopy(theirs))
+        options, ids = dict(output_hidden_states=True, output_attentions=True), batch["decoder_input_ids"]
+        if generate:
+            options |= dict(return_dict_in_generate=True, num_beams=2, max_new_tokens=2, do_sample=False)
+            found = ours.generate(**batch, **options, adapter_names=NAMES)
+        else:
+            found = ours(**batch, **options, adapter_names=NAMES)
+            flat = ours(**batch, **options, adapter_names=NAMES, return_dict=False)
+            assert torch.equal(flat[-3], found.encoder_last_hidden_state)
+        for i, name in enumerate(NAMES):
+            row, p = unpadded(batch, i) | dict(decoder_input_ids=ids[i : i + 1]), PROMPTS.get(name, 0)
+            with alone(theirs, name) as one:
+                want = one(**row, output_hidden_states=True, output_attentions=True)
+            first = int(batch["attention_mask"][i].argmax())
+            mine = slice(first, first + p + LENGTHS[i])
+            for got, layer in zip(found.encoder_hidden_states, want.encoder_hidden_states, strict=True):
+                torch.testing.assert_close(got[i, mine], layer[0], rtol=0, atol=1e-4)
+            for got, layer in zip(found.encoder_attentions, want.encoder_attentions, strict=True):
+                torch.testing.assert_close(got[i, :, mine, mine], layer[0], rtol=0, atol=1e-5)
+            cross = found.cross_attentions[0][0][2 * i] if generate else found.cross_attentions[0][i]
+            cross = cross[..., mine].sum(-1)
+            torch.testing.assert_close(cross, torch.ones_like(cross), rtol=0, atol=1e-5)
+            if not generate:
+                torch.testing.assert_close(
+                    found.encoder_last_hidden_state[i, mine], want.encoder_last_hidden_state[0], rtol=0, atol=1e-4
+                )
+
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_generation(self, kind, side, beams):
+        batch, options = self.batch(side), dict(num_beams=beams, max_new_tokens=12, do_sample=False)
+        batch.pop("decoder_input_ids")
+        ours = accelerate(copy.deepcopy(numbering(kind)))
+        got = ours.generate(**batch, **options, adapter_names=NAMES)
+        bare = ours.generate(**batch, **options, adapter_names=[BASE] * 5)
+        for i, name in enumerate(NAMES):
+            with alone(numbering(kind), name) as one:
+                want = one.generate(**unpadded(batch, i), **options)[0]
+            assert torch.equal(got[i], want), name
+            assert name != BASE or torch.equal(bare[i], want)
+
+
+class TestModelsThatReadIds:
+    """More than embeddings: PEFT's prompts leave it out, so that only batches of prompts alone are PEFT's."""
+
+    def model(self, kind: str) -> nn.Module:
+        sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        if kind == "esm":
+            config = transformers.EsmConfig(**sizes, max_position_embeddings=128, pad_token_id=1, mask_token_id=3)
+            return of_prompts(transformers.EsmForSequenceClassification(config), "SEQ_CLS")
+        config = transformers.Gemma3nTextConfig(
+            **sizes, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_key_value_heads=2,
+            head_dim=16, num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None, layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+        )  # fmt: skip
+        return of_prompts(transformers.Gemma3nForCausalLM(config), "CAUSAL_LM")
+
+    @pytest.mark.parametrize("kind", ["gemma3n", "esm"])
+    def test_batches_of_prompts_or_of_none(self, kind):
+        theirs, names = self.model(kind), ["short", "long", "long", "short", "long"]
+        ours = accelerate(copy.deepcopy(theirs))
+        batch = {key: value.to(DEVICE) for key, value in text(LENGTHS, "left", pad=1).items()}
+        out = logits(ours, batch, adapter_names=names)
+        rows = of_tokens(out, batch, decoder=True)
+        for i, name in enumerate(names):
+            with alone(theirs, name) as one:
+                want = logits(one, unpadded(batch, i))[0]
+            want = want if want.dim() == 1 else want[-LENGTHS[i] :]
+            torch.testing.assert_close(rows[i], want, rtol=0, atol=1e-4)
+        same = {key: value[:1] for key, value in batch.items()}  # without pads
+        with alone(theirs, BASE) as one:
+            assert torch.equal(logits(ours, same, adapter_names=[BASE]), logits(one, same))
+
+    @pytest.mark.parametrize("kind", ["gemma3n", "esm"])
+    def test_rows_without_a_prompt_among_them(self, kind):
+        model, batch = accelerate(self.model(kind)), {"input_ids": torch.full((5, 7), 5, device=DEVICE)}
+        for call in [model] + [model.generate] * (kind == "gemma3n"):
+            with pytest.raises(ValueError, match="all rows must have prompts, or none, .* got '__base__' among"):
+                call(**batch, adapter_names=NAMES)
+
+
 class TestGeneration:
     def run(self, model, batch, **options) -> Tensor:
         return model.generate(**batch, **dict(max_new_tokens=16, do_sample=False) | options)
@@ -444,6 +570,19 @@ class TestRefused:
     @pytest.fixture(scope="class")
     def model(self):
         return accelerated("llama")
+
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_what_an_encoder_made_without_the_prompts(self, generate):
+        model, batch = accelerated("t5"), batch_of("t5", "right")
+        made = model.get_base_model().encoder(batch.pop("input_ids"), attention_mask=batch["attention_mask"])
+        if generate:
+            batch.pop("decoder_input_ids")
+            with pytest.raises(ValueError, match="with prompt adapters must not be given encoder_outputs"):
+                model.generate(**batch, encoder_outputs=made, adapter_names=NAMES)
+        else:
+            with pytest.raises(ValueError, match="encoder_outputs cannot be given together with prompt .* must see"):
+                model(**batch, encoder_outputs=made, adapter_names=NAMES)
+            assert model(**batch, encoder_outputs=made, adapter_names=[BASE] * 5).logits.shape[:2] == (5, 4)
 
     @pytest.mark.parametrize("name", ["start_positions", "end_positions", "past_key_values"])
     def test_arguments_that_prompts_would_move(self, model, name):

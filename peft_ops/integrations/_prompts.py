@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops.integrations._calls import Call
+from peft_ops.nn.task_bank import BASE
 from peft_ops.ops.prompt_concat import prompt_concat
 from peft_ops.reference import PromptBatch
 
@@ -33,8 +34,25 @@ def prompt_of(model: nn.Module, name: str) -> Tensor | None:
 
 def has_prompts(model: nn.Module, call: Call) -> bool:
     """Whether any name of the batch has a prompt, in the model or in its bank."""
-    learned = any(name in model.peft_config and model.peft_config[name].is_prompt_learning for name in call.names)
-    return learned or any(held.num_virtual_tokens for held in call.held.values())
+    return bool(_names_with_prompts(model, call))
+
+
+def _names_with_prompts(model: nn.Module, call: Call) -> set[str]:
+    learned = {name for name in call.names if name in model.peft_config and model.peft_config[name].is_prompt_learning}
+    return learned | {name for name, held in call.held.items() if held.num_virtual_tokens}
+
+
+def refuse_bare_rows(model: nn.Module, call: Call) -> None:
+    """Gemma 3n makes inputs of every layer of ids, ESM scales and normalises what it makes of them. Given embeddings,
+    as PEFT gives them with prompts, they do not: a row without a prompt would miss it."""
+    base, prompted = model.get_base_model(), _names_with_prompts(model, call)
+    bare = [name or BASE for name in call.rows if name not in prompted]
+    per_layer = any(getattr(module, "hidden_size_per_layer_input", None) for module in base.modules())
+    if bare and (per_layer or base.config.model_type == "esm"):
+        raise ValueError(
+            f"adapter_names: all rows must have prompts, or none, in a {type(base).__name__}, which reads more from "
+            f"input_ids than their embeddings, got {bare[0]!r} among prompts"
+        )
 
 
 def prompts_of(model: nn.Module, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,15 +161,18 @@ def forward_inputs(model: nn.Module, call: Call, kwargs: dict) -> dict:
     """
     prompts, base = prompts_of(model, call), model.get_base_model()
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    for name in ("start_positions", "end_positions", "past_key_values"):
+    hints = {"past_key_values": "; generate() decodes with prompts", "encoder_outputs": ", which the encoder must see"}
+    for name in ("start_positions", "end_positions", *hints):
         if name in kwargs:
-            hint = "; generate() decodes with prompts" if name == "past_key_values" else ""
+            hint = hints.get(name, "")
             raise ValueError(f"adapter_names: {name} cannot be given together with prompt adapters{hint}")
     if kwargs.pop("position_ids", None) is not None:
         warnings.warn("adapter_names: position_ids are ignored, as in PEFT: a prompt moves the text", stacklevel=3)
     ids, embeds = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
     if ids is None and embeds is None:
         raise ValueError("adapter_names: input_ids or inputs_embeds must be given with prompt adapters, got neither")
+    if embeds is None:
+        refuse_bare_rows(model, call)
     labels = kwargs.get("labels")
     _refuse_images(base, kwargs)
     decoder_only = not base.config.is_encoder_decoder
@@ -204,6 +225,57 @@ def pads_aside(mask: Tensor, *of_tokens: Tensor | None, last: bool = False) -> l
     return [moved(t) for t in (*of_tokens, mask)]
 
 
+def run_with_pads_behind(base: nn.Module, function, kwargs: dict):
+    """The base model's forward or generate(). One that numbers its encoder's slots, pads too, gets all pads behind
+    prompt and text, and what it returns of those slots is in the order that they had."""
+    texts, mask = ("input_ids", "inputs", "inputs_embeds"), kwargs.get("attention_mask")
+    given = [name for name in texts if isinstance(kwargs.get(name), Tensor)]
+    if mask is None or mask.dim() != 2 or not given or "encoder_outputs" in kwargs or not _numbers_slots(base):
+        return function(**kwargs)
+    starts = "decoder_input_ids", "decoder_inputs_embeds", *(["labels"] if base.can_generate() else [])
+    if function is base and "input_ids" in given and not any(name in kwargs for name in starts):
+        return function(**kwargs)  # the decoder's text is made of these ids, where they are
+    slots = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    *moved, slots, mask = pads_aside(mask, *map(kwargs.get, given), slots)
+    kwargs = kwargs | dict(zip(given, moved, strict=True), attention_mask=mask)
+    as_tuple = function is base and not kwargs.get("return_dict", getattr(base.config, "return_dict", True))
+    if as_tuple:
+        kwargs["return_dict"] = True
+    out = put_back(function(**kwargs), slots.argsort(dim=1))
+    return out.to_tuple() if as_tuple else out
+
+
+def _numbers_slots(base: nn.Module) -> bool:
+    """An encoder-decoder that takes no position_ids (BART), if it is none that knows distances alone (T5)."""
+    return (
+        base.config.is_encoder_decoder
+        and "position_ids" not in inspect.signature(base.forward).parameters
+        and not any(name.endswith("relative_attention_bias") for name, _ in base.named_modules())
+    )
+
+
+def put_back(out, back: Tensor):
+    """What an encoder-decoder returns of its encoder's slots, each from where it is now [B, L]."""
+
+    def put(value, dims: tuple[int, ...]):
+        if isinstance(value, (tuple, list)):
+            return tuple(put(item, dims) for item in value)
+        for dim in dims if isinstance(value, Tensor) and value.shape[dims[0]] == back.shape[1] else ():
+            shape = [1] * value.dim()
+            shape[0], shape[dim] = len(value), back.shape[1]
+            order = back.repeat_interleave(len(value) // len(back), 0).view(shape)  # beams of a row
+            value = value.gather(dim, order.expand(value.shape))
+        return value
+
+    for name, dims in (
+        ("encoder_last_hidden_state", (1,)), ("encoder_hidden_states", (1,)), ("encoder_attentions", (-1, -2)),
+        ("cross_attentions", (-1,)),
+    ):  # fmt: skip
+        if getattr(out, name, None) is not None:
+            out[name] = put(out[name], dims)
+    return out
+
+
 def _refuse_images(base: nn.Module, kwargs: dict) -> None:
     given = next((k for k, v in kwargs.items() if v is not None and re.search(r"pixel_values|grid_thw", k)), None)
     if given is not None and _counts_in_3d(base):
@@ -225,7 +297,7 @@ def _length(past) -> int:
 # of the text alone, or made by a model that would not see the prompts
 GENERATE_REFUSES = (
     "past_key_values", "position_ids", "token_type_ids", "assistant_model", "prompt_lookup_num_tokens",
-    "prefill_chunk_size", "token_healing",
+    "prefill_chunk_size", "token_healing", "encoder_outputs",
 )  # fmt: skip
 
 
@@ -239,7 +311,7 @@ def option_of(base: nn.Module, kwargs: dict, name: str):
 def generate_with_prompts(model: nn.Module, call: Call, args: tuple, kwargs: dict):
     """The base model's generate() with the prompts prefilled; its result starts with the ids as they are given."""
     base, (ids, kwargs) = model.get_base_model(), generate_inputs(model, call, args, kwargs)
-    out = base.generate(**kwargs)
+    out = run_with_pads_behind(base, base.generate, kwargs)
     if not base.config.is_encoder_decoder:
         sequences = out if isinstance(out, Tensor) else out.sequences
         sequences[:, : ids.shape[1]] = ids.repeat_interleave(len(sequences) // len(ids), 0)
@@ -261,6 +333,7 @@ def generate_inputs(model: nn.Module, call: Call, args: tuple, kwargs: dict) -> 
     ids = kwargs.pop("inputs", None) if kwargs.get("input_ids") is None else kwargs.pop("input_ids")
     if ids is None or kwargs.get("inputs_embeds") is not None:
         raise ValueError("adapter_names: generate() with prompt adapters must be given input_ids, not inputs_embeds")
+    refuse_bare_rows(model, call)
     encoder_decoder, text, mask = base.config.is_encoder_decoder, ids, kwargs.get("attention_mask")
     if not encoder_decoder:
         mask = mask_of(base, kwargs, ids) if mask is None else mask

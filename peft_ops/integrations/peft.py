@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from peft_ops.integrations._prompts import (
     generate_with_prompts,
     has_prompts,
     option_of,
+    run_with_pads_behind,
     without_prompts,
 )
 from peft_ops.integrations._swap import Swapped, swap, unswap
@@ -401,9 +403,9 @@ class MixedModel(Swapped):
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
-                return base(**forward_inputs(self, call, by_name(self, args, kwargs)))
+                return run_with_pads_behind(base, base, forward_inputs(self, call, by_name(self, args, kwargs)))
             if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
-                return base(**without_prompts(self, by_name(self, args, kwargs)))
+                return run_with_pads_behind(base, base, without_prompts(self, by_name(self, args, kwargs)))
             return super().forward(*args, **kwargs)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
@@ -418,7 +420,7 @@ class MixedModel(Swapped):
             if has_prompts(self, call):
                 return generate_with_prompts(self, call, args, kwargs)
             if self.active_peft_config.is_prompt_learning:
-                return base.generate(*args, **kwargs)
+                return run_with_pads_behind(base, partial(base.generate, *args), kwargs)
             return super().generate(*args, **kwargs)
 
     def _repeats(self, kwargs: dict) -> int:
