@@ -390,6 +390,14 @@ class TestEncodersThatNumberSlots:
                     found.encoder_last_hidden_state[i, mine], want.encoder_last_hidden_state[0], rtol=0, atol=1e-4
                 )
 
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_more_positions_than_the_model_has(self, generate):
+        model = accelerate(copy.deepcopy(numbering("bart")))
+        batch = {key: value.to(DEVICE) for key, value in text([126] * 5).items()}
+        start = {} if generate else {"decoder_input_ids": batch["input_ids"][:, :1]}
+        with pytest.raises(ValueError, match="prompt and text must fit 128 positions, got 131"):
+            (model.generate if generate else model)(**batch, **start, adapter_names=NAMES)
+
     @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
     @pytest.mark.parametrize("side", SIDES)
     @pytest.mark.parametrize("kind", KINDS)
