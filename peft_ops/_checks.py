@@ -27,7 +27,8 @@ def check_tensor(op: str, arg: str, t, *, dtypes: tuple, dim: int | None = None,
         raise TypeError(f"{op}: {arg} must have dtype {names}, got {str(t.dtype).removeprefix('torch.')}")
     if dim is not None and t.dim() != dim:
         raise ValueError(f"{op}: {arg} must have {dim} dimension{'s' * (dim != 1)}, got shape {shape(t)}")
-    if like is not None and t.device != like.device:
+    # a device is made anew each time it is asked for, is_cpu is not
+    if like is not None and not (t.is_cpu and like.is_cpu) and t.device != like.device:
         raise ValueError(f"{op}: {arg} must be on {like.device}, as the other arguments are, got {t.device}")
 
 
