@@ -1,5 +1,6 @@
 """Launch parameters, the cost model that argues for them, the tools that measure them, and what is made of results."""
 
+import itertools
 import json
 import os
 import re
@@ -570,8 +571,8 @@ def test_a_piece_that_hangs_ends_its_process(tmp_path):
     assert second.returncode == LOST and Journal(tmp_path / "found.journal").right() == {"b"}
 
 
-def test_gpu_check_tells_nan_from_infinity(monkeypatch):
-    """In fp16 any number that stands in for NaN beyond 65504 is infinity."""
+def test_gpu_check_tells_nan_infinity_and_the_largest_number_apart(monkeypatch):
+    """In fp16 a number that stands in for NaN beyond 65504 is infinity, and infinity then stands for 65504."""
     device = torch.device("cpu")
     checks, right = dict(gpu_check.native_kernels((3,), device)), peft_ops.ia3_scale
     fill = {"native": float("nan"), "reference": float("nan")}
@@ -580,8 +581,8 @@ def test_gpu_check_tells_nan_from_infinity(monkeypatch):
     )
     monkeypatch.setattr(torch, "randint", lambda low, high, size, device: torch.zeros(size, dtype=torch.int64))
     assert checks["native M=3 N=64 float16"]()
-    fill["native"] = float("inf")
-    assert not checks["native M=3 N=64 float16"]()
+    for fill["native"], fill["reference"] in itertools.permutations((float("nan"), float("inf"), 65504.0), 2):
+        assert not checks["native M=3 N=64 float16"](), fill
 
 
 @pytest.mark.kernels
