@@ -198,9 +198,10 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
     """
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return
-    ids = ids.reshape(-1)
+    if ids.dim() != 1:
+        ids = ids.reshape(-1)
     if has_native() and not ids.is_cuda:
-        at = native.first_bad_id(ids, low, end)
+        at = native.first_bad_id.default(ids, low, end)
     else:
         bad = (ids < low) | (ids >= end)
         at = int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1

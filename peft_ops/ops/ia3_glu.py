@@ -22,6 +22,7 @@ from peft_ops.ops.ia3_linear import (
     aligned,
     as_matrix,
     autocast,
+    autocast_enabled,
     capability_of,
     check_layer,
     is_fused,
@@ -132,7 +133,9 @@ def glu_forward(
     if use_triton(op, gate):
         return shaped(launch_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
     if use_native("ia3_glu", gate):
-        return shaped(native.ia3_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
+        if gate.is_contiguous() and up.is_contiguous() and gate.dim() > 1:  # the C++ kernel takes any dimensions
+            return _native_glu(gate, up, ia3_l, task_ids, activation)
+        return shaped(_native_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
     return shaped(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
 
 
@@ -197,13 +200,12 @@ def _ia3_glu_linear(
     x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
 ):
     op = "ia3_glu_linear"
-    lead, rows = (*x.shape[:-1], gate_weight.shape[0]), as_rows(x)
-    weights = gate_weight, up_weight
+    lead, weights = (*x.shape[:-1], gate_weight.shape[0]), (gate_weight, up_weight)
     # transposed or sliced weights are the vendor's: the kernels walk along K in two weights with one stride
-    if all(w.is_contiguous() for w in weights) and is_fused(op, rows, *weights, gated=True):
+    if use_triton(op, x) and all(w.is_contiguous() for w in weights) and is_fused(op, as_rows(x), *weights, gated=True):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         h, g, u = launch_glu_linear(
-            rows, *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
+            as_rows(x), *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
         )
     else:
         g, u = vendor_linear(x, gate_weight, gate_bias), vendor_linear(x, up_weight, up_bias)
@@ -349,7 +351,8 @@ def ia3_glu_linear(
     """
     op = "ia3_glu_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, gate_weight, up_weight, gate_bias, up_bias = autocast(x, gate_weight, up_weight, gate_bias, up_bias)
+    if autocast_enabled(x):
+        x, gate_weight, up_weight, gate_bias, up_bias = autocast(x, gate_weight, up_weight, gate_bias, up_bias)
     check_layer(op, x, gate_weight, gate_bias, "gate_weight", "gate_bias")
     check_layer(op, x, up_weight, up_bias, "up_weight", "up_bias")
     if gate_weight.shape != up_weight.shape:

@@ -271,16 +271,17 @@ def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
     op = "ia3_linear"
     nothing = x.new_empty(0)
-    rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
+    if use_triton(op, x):
+        rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
+        if is_feedforward and feedforward_is_fused(op, rows, weight, task_ids, rows_per_id):
+            check_ids_in_range(op, task_ids, ia3_l.shape[0])
+            return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
+        if not is_feedforward and is_fused(op, rows, weight):
+            check_ids_in_range(op, task_ids, ia3_l.shape[0])
+            y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
+            return shaped(y, lead), shaped(z, lead) if save else nothing
     if is_feedforward:
-        if not feedforward_is_fused(op, rows, weight, task_ids, rows_per_id):
-            return vendor_linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
-        check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
-    if is_fused(op, rows, weight):
-        check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
-        return shaped(y, lead), shaped(z, lead) if save else nothing
+        return vendor_linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
     z = vendor_linear(x, weight, bias)
     y = scale_forward(op, z, ia3_l, task_ids, activation)
     return y, z.contiguous() if save else nothing
@@ -363,12 +364,14 @@ def _scale_op(x, ia3_l, task_ids, activation):
 _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _backward)
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
+def autocast_enabled(x: Tensor) -> bool:
     kind = "cpu" if x.is_cpu else x.device.type  # the string is made anew each time
-    if not ((kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)):
-        return [x, *tensors]
-    dtype = torch.get_autocast_dtype(kind)
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What F.linear's rule makes of x, weight and bias where autocast is enabled; ia3_l keeps its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t):
         wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
@@ -432,7 +435,8 @@ def ia3_linear(
     """
     op = "ia3_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, weight, bias = autocast(x, weight, bias)
+    if autocast_enabled(x):
+        x, weight, bias = autocast(x, weight, bias)
     N, K = check_layer(op, x, weight, bias)
     check_activation(op, activation)
     if activation is not None and is_feedforward:
