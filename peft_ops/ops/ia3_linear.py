@@ -245,27 +245,36 @@ def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | 
 
 
 def _has_amx() -> bool:
-    known = getattr(
-        torch.cpu, "_is_amx_tile_supported", None
-    )  # private: where it is missing, rows are padded for naught
+    known = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private; where it is missing, every CPU may have it
     return known is None or known()
 
 
-def rows_apart(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] and weight [N, K] for the vendor's matmul, so that no row of x reaches another's result.
+def finite_rows(x: Tensor) -> Tensor | None:
+    """bool [..., 1], which rows of x the vendor's matmul must not see beside the others; None where it may see all.
 
     On a CPU with AMX oneDNN's bf16 matmul takes what follows a row whose length is no multiple of 32, the next row,
-    times zero: a NaN or Inf there is a NaN here (torch 2.13: odd K, 34, 68, ...; not 64, nor most multiples of 8).
-    Zeros that fill the rows give the same sums.
+    times zero: a NaN or Inf there is a NaN here (torch 2.13; K 3, 34, 80, but not 64). A backward that is traced cannot
+    ask, and has the vendor's rows as they come.
     """
-    short = -x.shape[-1] % 32
-    if not short or x.dtype is not torch.bfloat16 or not x.is_cpu or not _has_amx():
-        return x, weight
-    return F.pad(x, (0, short)), F.pad(weight, (0, short))
+    if x.shape[-1] % 32 == 0 or x.dtype is not torch.bfloat16 or not x.is_cpu or type(x) is not Tensor:
+        return None
+    if torch.compiler.is_compiling() or not _has_amx():
+        return None
+    finite = x.isfinite().all(-1, keepdim=True)
+    return None if bool(finite.all()) else finite
+
+
+def _padded(t: Tensor) -> Tensor:
+    return F.pad(t, (0, -t.shape[-1] % 32))
 
 
 def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(*rows_apart(x, weight), bias)
+    """F.linear, but no row of x reaches another's result."""
+    finite = finite_rows(x)
+    if finite is None:
+        return F.linear(x, weight, bias)
+    alone = F.linear(torch.where(finite, x, 0), weight, bias)
+    return torch.where(finite, alone, F.linear(_padded(x), _padded(weight), bias))
 
 
 def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
@@ -318,11 +327,15 @@ def as_matrix(t: Tensor) -> Tensor:
 
 
 def times_weight(dz: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
-    """dz [..., N] times weight [N, K]; added to `onto`, in place, if that is given."""
-    dz, weight_t = rows_apart(dz, weight.t())
+    """dz [..., N] times weight [N, K]; added to `onto`, in place, if that is given. No row of dz reaches another's."""
     if onto is None:
-        return dz @ weight_t.t()
-    return as_matrix(onto).addmm_(as_matrix(dz), weight_t.t()).view(onto.shape)
+        return vendor_linear(dz, weight.t())
+    dz, dx = as_matrix(dz), as_matrix(onto)
+    finite = finite_rows(dz)
+    if finite is None:
+        return dx.addmm_(dz, weight).view(onto.shape)
+    own = dx + F.linear(_padded(dz), _padded(weight.t()))
+    return torch.where(finite, dx.addmm_(torch.where(finite, dz, 0), weight), own).view(onto.shape)
 
 
 def linear_backward(
