@@ -253,23 +253,28 @@ def ask_all(options: argparse.Namespace, asked: Prompted | None, relations: list
     from tqdm import tqdm
 
     started, progress = time.perf_counter(), partial(tqdm, leave=False, dynamic_ncols=True)
+    seconds = {}
     if asked is None:
         world = facts.invent(options.seed, facts.GROUPS)
         asked = Prompted(*facts.learn(world, options.seed, options.lm_steps, device, progress))
         relations = world.relations
-        spent = f"{options.lm_steps} steps, {time.perf_counter() - started:.0f} s, seed {options.seed}"
+        seconds["reading"] = round(time.perf_counter() - started, 1)
+        spent = f"{options.lm_steps} steps, {seconds['reading']:.0f} s, seed {options.seed}"
         towns = sum(map(len, world.towns.values()))
         print(f"a tiny BERT has read {len(world.sentences):,} sentences about {towns} towns: {spent}", flush=True)
     tasks = [task for relation in relations for task in (relation.task, relation.control)]
     fit(asked, tasks, options, progress)
     served = serve(asked, tasks)
+    relations = [probe(asked, relation, served) for relation in relations]
+    seconds["all"] = round(time.perf_counter() - started, 1)
     return {
         "settings": vars(options),
         "model": options.model or "a tiny BERT, invented facts",
         "parameters": sum(p.numel() for p in asked.model.parameters()),
         "torch": torch.__version__,
         "place": describe(device),
-        "relations": [probe(asked, relation, served) for relation in relations],
+        "seconds": seconds,
+        "relations": relations,
         "served": asdict(served),
     }
 
