@@ -157,6 +157,16 @@ def test_quantized_layers(kind, feedforward, dtype, monkeypatch):
         assert torch.equal(model(x.float(), adapter_names=names), base)
 
 
+@on_cpu
+@pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
+def test_one_vector_of_features(feedforward):
+    """A batch needs a dimension, a call without names does not."""
+    model, x = layer_model(nn.Linear(12, 20), feedforward), torch.randn(12)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(accelerate(model)(x), want)
+
+
 class Sequence(nn.Module):
     """A model whose layer sees what `order` makes of [B, S, K]."""
 
