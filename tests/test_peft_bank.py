@@ -167,6 +167,62 @@ def test_disabled_adapters_disable_the_bank(served):
     torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
 
 
+def bank_of(model, slots: int, names=("a", "b"), more=(), **options) -> TaskBank:
+    """Vectors for the layers that PEFT adapted, and for more that it did not."""
+    layers = {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "ia3_l")}
+    widths = {name: m.in_features if m.is_feedforward else m.out_features for name, m in layers.items()}
+    widths |= {name: model.get_base_model().get_submodule(name).out_features for name in more}
+    bank = TaskBank(slots, widths, feedforward=[name for name, m in layers.items() if m.is_feedforward], **options)
+    generator = torch.Generator().manual_seed(2)
+    for name in names:
+        bank.put(name, {key: 1 + 0.5 * torch.randn(width, generator=generator) for key, width in widths.items()})
+    return bank
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "reentrant", "saved tensors"])
+@pytest.mark.parametrize("level", ["module", "auto"])
+@pytest.mark.parametrize("names", [["a"] * 3, ["a", "own", "a"], ["a", tiny.BASE, "own"]], ids="-".join)
+def test_a_backward_may_come_when_the_slots_are_others(names, level, checkpointing):
+    """Autograd and checkpoints read in backward() what the batch had, not what another put there meanwhile."""
+    found = []
+    for slots, between in ((2, False), (1, False), (1, True)):
+        model = tiny.ia3_model("llama", ["own"])
+        accelerate(model, bank=bank_of(model, slots, more=["model.layers.0.self_attn.o_proj"]), level=level)
+        if checkpointing is not None:
+            model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        batch = tiny.text([6] * 3)
+        words = model.get_base_model().get_input_embeddings()
+        embeds = words(batch.pop("input_ids")).detach().requires_grad_()
+        loss = model(inputs_embeds=embeds, **batch, adapter_names=names).logits.square().sum()
+        if between:
+            with torch.no_grad():
+                model(inputs_embeds=embeds, **batch, adapter_names=["b"] * 3)
+            assert model._peft_ops.bank.stats.evictions
+        loss.backward()
+        own = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert bool(own) == ("own" in names)
+        found.append([embeds.grad, *own.values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_block_that_trains_and_infers_keeps_what_it_began_with():
+    model = tiny.ia3_model("llama", ["own"])
+    bank = bank_of(model, 1)
+    accelerate(model, bank=bank)
+    batch, names = tiny.text([6] * 2), ["a", tiny.BASE]
+    with torch.no_grad():
+        want = model(**batch, adapter_names=names).logits
+        with using_adapters(model, names):
+            assert torch.equal(model(**batch).logits, want)
+            with torch.enable_grad():
+                assert torch.equal(model(**batch).logits, want)
+            assert torch.equal(model(**batch).logits, want)
+    with using_adapters(model, names):
+        logits = model(**batch).logits
+    assert torch.equal(logits, want)
+
+
 def test_two_models_of_one_base():
     first, second = tiny.ia3_model("llama", ["red"]), None
     accelerate(first)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_ops import accelerate
+from peft_ops import accelerate, using_adapters
 from tests.conftest import DEVICE, assert_like_torch
 from tests.tiny import BASE, alone, batch_for, ia3_model, prompt_model, text
 
@@ -205,6 +205,24 @@ class TestCheckpointing:
         if between:
             row_losses(model, batch)
         with pytest.raises(RuntimeError, match=r"a layer runs again in backward\(\), outside the call that named"):
+            losses.sum().backward()
+
+    def test_around_a_call_whose_block_has_ended_it_raises(self):
+        batch, model = batch_of("llama"), accelerate(trainable(plain("llama")))
+        words = model.get_base_model().get_input_embeddings()
+        embeds = words(batch.pop("input_ids")).detach().requires_grad_()
+        want = self.step(model, batch | {"inputs_embeds": embeds}, adapter_names=NAMES)
+
+        def run(embeds):
+            return row_losses(model, batch, inputs_embeds=embeds)
+
+        with using_adapters(model, NAMES):
+            losses = checkpoint(run, embeds, use_reentrant=True)
+            model.zero_grad()
+            losses.sum().backward()
+            self.same((losses.detach(), gradients(model)), want)
+            losses = checkpoint(run, embeds, use_reentrant=True)
+        with pytest.raises(RuntimeError, match="using_adapters: the model runs again in backward"):
             losses.sum().backward()
 
     def test_around_a_layer_without_names_it_is_pefts(self):

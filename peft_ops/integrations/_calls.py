@@ -23,12 +23,13 @@ class Shared:
         configs: the adapters' configs that the model had when its modules were last looked at.
         disabled: inside disable_adapter(): every row is the base model's, a bank's too.
         mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
+        in_blocks: such names came from using_adapters(); so may the whole model be that runs without any in backward().
     """
 
     def __init__(self, level: str, bank=None):
         self.level, self.bank = level, bank
         self.configs: list = []
-        self.mixed = self.disabled = False
+        self.mixed = self.in_blocks = self.disabled = False
 
     def __deepcopy__(self, memo):
         copy = Shared(self.level, self.bank)
@@ -67,19 +68,25 @@ class Call:
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
         self._sources: list[tuple[Tensor, int]] = []
+        self._copies: dict[str, Tensor] | None = None
+
+    def keep_bank_rows(self) -> None:
+        """Copy the bank's vectors where a backward may read them: by then their slots may be other tasks'."""
+        if self._copies is None and self.held and torch.is_grad_enabled():
+            self._copies = self.shared.bank.copy_rows([held.slot for held in self.held.values()])
 
     def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
         """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
         no vector of a name."""
         self.check_rows(x, layer)
         key, of_bank = getattr(layer, "_peft_ops_key", None), self.uses_bank(layer)
-        if of_bank:  # no copy of a vector
-            table = self.shared.bank.table(key)
+        if of_bank:  # without gradients no copy of a vector
+            table = self._bank_table(key)
         else:
             table = self._table(layer, key, vectors, features, x.device)
         if self._sees_rows(x):
             return table, self._batch(x.device, of_bank).for_rows(x)
-        return (table[(slot := self.held[self.names[0]].slot) : slot + 1] if of_bank else table), None
+        return (table[(row := self._bank_rows()[self.names[0]]) : row + 1] if of_bank else table), None
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
@@ -96,11 +103,13 @@ class Call:
             kept.clear()
 
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
-        key = device, of_bank, torch.is_inference_mode_enabled()  # autograd takes no tensor that was made in that mode
+        in_slots = of_bank and self._copies is None
+        # autograd takes no tensor that was made in that mode
+        key = device, of_bank, in_slots, torch.is_inference_mode_enabled()
         if key not in self._batches:
-            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
+            index = self._bank_rows() if of_bank else {name: i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
-            tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
+            tasks = tuple(map(str, range(self.shared.bank.slots))) if in_slots else tuple(index) or ("",)
             self._batches[key] = TaskBatch(tasks, ids)
         return self._batches[key]
 
@@ -127,8 +136,19 @@ class Call:
 
     def of_bank(self, key: str | None, name: str | None) -> Tensor | None:
         """The bank's vector of a name, None where it has none for this layer."""
-        bank = self.shared.bank
-        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
+        if name not in self.held or key not in self.shared.bank.widths:
+            return None
+        return self._bank_table(key)[self._bank_rows()[name]]
+
+    def _bank_table(self, key: str) -> Tensor:
+        self.keep_bank_rows()
+        return self.shared.bank.table(key) if self._copies is None else self._copies[key]
+
+    def _bank_rows(self) -> dict[str, int]:
+        """Where a name stands in the bank's tables, or in the copy of its rows."""
+        if self._copies is None:
+            return {name: held.slot for name, held in self.held.items()}
+        return {name: i for i, name in enumerate(self.held)}
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
@@ -189,6 +209,12 @@ class Call:
 
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # private: -1 outside of backward()
+
+
+def in_backward() -> bool:
+    return _graph_task() != -1
+
+
 _current: ContextVar[Call | None] = ContextVar("peft_ops_call", default=None)
 
 
@@ -197,7 +223,7 @@ def call_of(shared: Shared) -> Call | None:
     call = _current.get()
     if call is not None and call.shared is shared:
         return call if call.rows else None
-    if shared.mixed and _graph_task() != -1:
+    if shared.mixed and in_backward():
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _layers
-from peft_ops.integrations._calls import Call, Shared, calling, current_call
+from peft_ops.integrations._calls import Call, Shared, calling, current_call, in_backward
 from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE, TaskBank
@@ -117,6 +117,7 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
         shared.mixed |= torch.is_grad_enabled()
+        shared.in_blocks |= torch.is_grad_enabled()
         yield
 
 
@@ -427,11 +428,17 @@ class MixedModel(Swapped):
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
         around = current_call()
         if around is None or around.shared is not self._peft_ops:
+            if self._peft_ops.in_blocks and in_backward():
+                raise RuntimeError(
+                    "using_adapters: the model runs again in backward(), outside the block that named its adapters; "
+                    "call backward() inside the block, or give adapter_names to the call"
+                )
             return Call(self._peft_ops)
         gone = next((name for name in around.names if name not in self.peft_config and name not in around.held), None)
         if gone is not None:
             raise ValueError(_unknown(self, gone))
         around.renew()
+        around.keep_bank_rows()
         return around
 
     @contextmanager
@@ -508,7 +515,9 @@ def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
     rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
     rows = [name for name in rows for _ in range(choices)]
-    return Call(shared, rows, repeats, held)
+    call = Call(shared, rows, repeats, held)
+    call.keep_bank_rows()  # a checkpoint runs without gradients now, and with them when the slots are free
+    return call
 
 
 def _unknown(model: nn.Module, name: str) -> str:

@@ -148,6 +148,11 @@ class TaskBank:
         """[slots + 2, width], for gathers without masks: row `slots` is ones, the base model's, row `slots` + 1 NaN."""
         return self._view(self._rows, module)
 
+    def copy_rows(self, slots: Sequence[int]) -> dict[str, Tensor]:
+        """Each module's [len(slots), width], views into one copy: for what outlives the block that has them."""
+        rows = torch.stack([self._tables.buffer[slot] for slot in slots])  # a list as index would synchronise a GPU
+        return {module: rows[:, columns] for module, columns in self._tables.columns.items()}
+
     def _view(self, views: Mapping[str, Tensor], module: str) -> Tensor:
         if module not in views:
             raise KeyError(f"TaskBank: module must be one of the bank's, got {module!r}{similar(module, views)}")
@@ -205,8 +210,8 @@ class TaskBank:
     def use(self, rows: Sequence[str | None], timeout: float = 0.0) -> Iterator[Tensor]:
         """The ids of a batch, whose tasks keep their slots until the block ends; tasks that are not here are loaded.
 
-        The ids mean nothing after the block. On CUDA everything that reads the tables belongs on the stream that is
-        current at its end, or before it; nothing is synchronised.
+        The ids mean nothing after the block, and a backward that reads the tables belongs inside. On CUDA everything
+        that reads the tables belongs on the stream that is current at its end, or before it; nothing is synchronised.
 
         Args:
             rows: one name per row; None, or "__base__", is the base model.
