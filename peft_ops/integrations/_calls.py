@@ -67,6 +67,7 @@ class Call:
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
+        self._places: dict[tuple, tuple[list[Tensor], Tensor]] = {}
         self._sources: list[tuple[Tensor, int]] = []
         self._copies: dict[str, Tensor] | None = None
 
@@ -185,14 +186,27 @@ class Call:
         kinds = [(self.input_ids == token).any(1) for token in tokens]
         return any(map(torch.any, kinds)) and all(kind.all() or not kind.any() for kind in kinds)
 
-    def by_row(self, x: Tensor, layer: nn.Module, names: Sequence[str | None], fn: Callable[[str | None], Tensor]):
-        """Row b of fn(names[i]) where b belongs to names[i]; each is computed for the whole batch, so that a row's
-        result does not depend on how many others share its adapter. `where` keeps one row's NaN out of another's."""
-        out = fn(names[0])
-        for name, mask in list(zip(names, self.masks(x, layer, names), strict=True))[1:]:
-            other = fn(name)
-            out = torch.where(mask.view(-1, *[1] * (other.dim() - 1)), other, out)
-        return out
+    def by_row(self, x: Tensor, layer: nn.Module, fn: Callable[[Tensor, str | None], Tensor]) -> Tensor:
+        """fn(x's rows of a name, the name), back in the rows' order. fn must be elementwise: a row's result may not
+        depend on how many others share its name. What it does not see reaches no gradient of it; of rows chosen after
+        the product a NaN would, as 0 * NaN."""
+        names = list(dict.fromkeys(self.rows))
+        self.check_rows(x, layer)
+        if len(names) == 1:
+            return fn(x, names[0])
+        places, back = self._places_of(x, names)
+        return torch.cat([fn(x[place], name) for name, place in zip(names, places, strict=True)])[back]
+
+    def _places_of(self, x: Tensor, names: Sequence[str | None]) -> tuple[list[Tensor], Tensor]:
+        """The rows of x of each name, and where each row of x is among all these."""
+        key = x.shape[0], x.device, torch.is_inference_mode_enabled()
+        if key not in self._places:
+            repeats = x.shape[0] // len(self.rows)
+            rows = [name for name in self.rows for _ in range(repeats)]
+            places = [[i for i, row in enumerate(rows) if row == name] for name in names]
+            back = torch.tensor([i for place in places for i in place]).argsort()
+            self._places[key] = [torch.tensor(place, device=x.device) for place in places], back.to(x.device)
+        return self._places[key]
 
     def masks(self, x: Tensor, layer: nn.Module, names: Sequence[str | None]) -> list[Tensor]:
         """For each name, bool [x.shape[0]]: which rows are its."""

@@ -150,11 +150,9 @@ class MixedLinear(MixedLayer):
             scale = vector.flatten()
             return ((y.to(scale.dtype) if self.is_feedforward else y) * scale).to(y.dtype)
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)), *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        return call.by_row(y, self, names, lambda name: scaled(y, name))
+            return self.base_layer(call.by_row(x, self, scaled), *args, **kwargs)
+        return call.by_row(self.base_layer(x, *args, **kwargs), self, scaled)
 
 
 class MixedConv(MixedLayer):
@@ -164,19 +162,17 @@ class MixedConv(MixedLayer):
         call = self._call()
         if call is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        weight_dtype = self.get_base_layer().weight.dtype
 
-        def scaled(y: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
+        dtype = self.get_base_layer().weight.dtype if self.is_feedforward else x.dtype
+
+        def scaled(y: Tensor, name: str | None) -> Tensor:
             if name not in self.ia3_l:
                 return y.to(dtype)
             return (y.to(self.ia3_l[name].dtype) * self.ia3_l[name]).to(dtype)
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            y = call.by_row(x, self, names, lambda name: scaled(x, name, weight_dtype))
-            return self.base_layer(y, *args, **kwargs).to(x.dtype)
-        y = self.base_layer(x, *args, **kwargs)
-        return call.by_row(y, self, names, lambda name: scaled(y, name, x.dtype))
+            return self.base_layer(call.by_row(x, self, scaled), *args, **kwargs).to(x.dtype)
+        return call.by_row(self.base_layer(x, *args, **kwargs), self, scaled)
 
 
 class MixedQuantized(MixedLayer):
@@ -191,11 +187,10 @@ class MixedQuantized(MixedLayer):
         def scaled(y: Tensor, name: str | None) -> Tensor:
             return y * self.ia3_l[name].flatten() if name in self.ia3_l else y
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)))
+            return self.base_layer(call.by_row(x, self, scaled))
         y = self.base_layer(x)
-        return call.by_row(y, self, names, lambda name: scaled(y, name)).to(y.dtype)
+        return call.by_row(y, self, scaled).to(y.dtype)
 
 
 class MixedHead(Swapped):
