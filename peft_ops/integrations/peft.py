@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ops.integrations import _fused, _layers
+from peft_ops.integrations import _fused, _guard, _layers
 from peft_ops.integrations._calls import Call, Shared, calling, current_call, in_backward
 from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE, TaskBank
 
-OLDEST = "0.19"
 SEQUENCE_FIRST = (  # [S, B, K]
     "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer",
     "modeling_longformer.LongformerSelfAttention", "modeling_led.LEDEncoderSelfAttention",
@@ -65,15 +64,19 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     taken = next((name for name, m in model.get_base_model().named_modules() if isinstance(m, Swapped)), None)
     if taken is not None:
         raise ValueError(f"accelerate: the base model must not be another accelerated model's; restore() that: {taken}")
-    swap(model, MixedModel, _peft_ops=Shared(level, bank))
+    _put(model, Shared(level, bank))
+    for module in {model.base_model, model.get_base_model()}:
+        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+    return model
+
+
+def _put(model: nn.Module, shared: Shared) -> None:
+    swap(model, MixedModel, _peft_ops=shared)
     try:
         _swap_layers(model)
     except ValueError:
         restore(model)
         raise
-    for module in {model.base_model, model.get_base_model()}:
-        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -178,43 +181,19 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
 
 
 def _checked_peft():
-    """The peft package, if its (IA)^3 layer computes what ours does; tried on a layer of 4 x 3."""
+    """The peft package, if its models compute what ours do."""
     import peft
 
     global _probed
     if not _probed:
-        try:
-            problem = _probe()
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        problem = _guard.problem(lambda model: _put(model, Shared("module")))
         if problem is not None:
             raise RuntimeError(
-                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ({OLDEST} and "
-                f"later): {problem}. Update peft_ops, or use another release of peft"
+                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ("
+                f"{_guard.OLDEST} and later): {problem}. Update peft_ops, or use another release of peft"
             )
         _probed = True
     return peft
-
-
-@torch.no_grad()
-def _probe() -> str | None:
-    from peft.tuners import ia3
-
-    with torch.device("cpu"):
-        for is_feedforward in (False, True):
-            base = nn.Linear(4, 3, dtype=torch.float32)
-            layer = ia3.Linear(base, "a", config=ia3.IA3Config(), is_feedforward=is_feedforward)
-            layer.update_layer("b", config=ia3.IA3Config())
-            for name, end in (("a", 2.0), ("b", 3.0)):
-                vector = layer.ia3_l[name]
-                vector.copy_(torch.linspace(-1, end, vector.numel()).view_as(vector))
-            layer.set_adapter(["a", "b"])
-            x = torch.linspace(-1, 1, 8).view(2, 4)
-            want = layer(x)
-            swap(layer, _layers.MixedLinear, _peft_ops=Shared("module"), _peft_ops_key="probe")
-            if not torch.equal(layer(x), want):
-                return "its layers compute something else"
-    return None
 
 
 _probed = False
