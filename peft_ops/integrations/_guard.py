@@ -35,6 +35,8 @@ class Tiny(nn.Module):
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         return kwargs
 
+    _prepare_encoder_decoder_kwargs_for_generation = prepare_inputs_for_generation  # PEFT 0.19 asks for it
+
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
         x = self.words(input_ids) if inputs_embeds is None else inputs_embeds
         h = self.head(self.down(self.up(x)))
