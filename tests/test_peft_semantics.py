@@ -223,6 +223,22 @@ class TestNames:
         with pytest.raises(error, match=f"^adapter_names {message}"):
             getattr(model, call)(**batch_for(model, 5), adapter_names=names)
 
+    @pytest.mark.parametrize("call", ["forward", "generate"])
+    def test_a_wrong_count_for_what_an_encoder_has_read(self, call):
+        """Five rows for three names of one adapter, which no layer could tell."""
+        model = accelerate(ia3_model("t5")).to(DEVICE)
+        batch = batch_for(model, 5)
+        encoded = model.get_base_model().encoder(batch["input_ids"], batch["attention_mask"])
+        for outputs in (encoded, encoded.to_tuple()):
+            given = {"encoder_outputs": outputs, "attention_mask": batch["attention_mask"]}
+            given |= {"decoder_input_ids": batch["decoder_input_ids"]} if call == "forward" else {"max_new_tokens": 2}
+            with pytest.raises(ValueError, match="one name per row, for 5 rows, got 3"):
+                getattr(model, call)(**given, adapter_names=["red"] * 3)
+        with pytest.raises(ValueError, match="one name per row, for 5 rows, got 3"):
+            model(encoder_outputs=encoded, labels=batch["decoder_input_ids"], adapter_names=["red"] * 3)
+        given["encoder_outputs"] = encoded
+        assert len(getattr(model, call)(**given, adapter_names=["red"] * 5)[0])
+
     def test_a_tuple_serves(self, model):
         batch = batch_for(model, 5)
         assert torch.equal(

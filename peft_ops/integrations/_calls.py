@@ -20,20 +20,30 @@ class Shared:
     Attributes:
         level: "auto" or "module".
         bank: a TaskBank, or None.
+        timeout: seconds to wait for slots of the bank that other batches use.
         configs: the adapters' configs that the model had when its modules were last looked at.
         disabled: inside disable_adapter(): every row is the base model's, a bank's too.
+        layers, disabled_layers: the keys of all (IA)^3 layers, and of those whose adapters are disabled.
         mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
         in_blocks: such names came from using_adapters(); so may the whole model be that runs without any in backward().
     """
 
-    def __init__(self, level: str, bank=None):
-        self.level, self.bank = level, bank
+    def __init__(self, level: str, bank=None, timeout: float = 0.0):
+        self.level, self.bank, self.timeout = level, bank, timeout
         self.configs: list = []
+        self.layers: set[str] = set()
+        self.disabled_layers: set[str] = set()
         self.mixed = self.in_blocks = self.disabled = False
 
+    @property
+    def is_off(self) -> bool:
+        """Every row is the base model's, also in layers that only a bank has vectors for and PEFT does not know."""
+        return self.disabled or (bool(self.layers) and self.disabled_layers >= self.layers)
+
     def __deepcopy__(self, memo):
-        copy = Shared(self.level, self.bank)
+        copy = Shared(self.level, self.bank, self.timeout)
         copy.configs = list(self.configs)
+        copy.layers, copy.disabled_layers = set(self.layers), set(self.disabled_layers)
         return copy
 
 

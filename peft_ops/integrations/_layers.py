@@ -56,8 +56,12 @@ def _switch(name: str) -> Callable:
 class MixedLayer(Swapped):
     """What the layers share: the vectors that a call, or PEFT's own switches, select."""
 
-    enable_adapters, set_adapter, delete_adapter = map(_switch, ("enable_adapters", "set_adapter", "delete_adapter"))
-    merge, unmerge = map(_switch, ("merge", "unmerge"))
+    set_adapter, delete_adapter, merge, unmerge = map(_switch, ("set_adapter", "delete_adapter", "merge", "unmerge"))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        forget_steps(self._peft_ops)
+        super().enable_adapters(enabled)
+        (set.discard if enabled else set.add)(self._peft_ops.disabled_layers, self._peft_ops_key)
 
     def _call(self) -> Call | None:
         call = call_of(self._peft_ops)
@@ -224,7 +228,7 @@ class BankLinear(Swapped):
     """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
     def forward(self, x: Tensor) -> Tensor:
-        call = call_of(self._peft_ops)
+        call = None if self._peft_ops.is_off else call_of(self._peft_ops)
         if call is None:
             return super().forward(x)
         if call.is_flat(x, self):

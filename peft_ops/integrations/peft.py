@@ -12,7 +12,7 @@ from peft_ops.integrations import _fused, _guard, _layers
 from peft_ops.integrations._calls import Call, Shared, calling, current_call, in_backward
 from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
-from peft_ops.nn.task_bank import BASE, TaskBank
+from peft_ops.nn.task_bank import BASE, SlotsInUse, TaskBank
 
 SEQUENCE_FIRST = (  # [S, B, K]
     "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer",
@@ -25,7 +25,7 @@ TOWERS = {  # of models that put what they make of images between the embeddings
 FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
 
 
-def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
+def accelerate(model: nn.Module, bank=None, level: str = "auto", timeout: float = 0.0) -> nn.Module:
     """Give a PEFT model `adapter_names` for (IA)^3, P-Tuning and prompt tuning, and faster layers.
 
     In place; weights are shared, and state_dict, save_pretrained, load_adapter, set_adapter, disable_adapter,
@@ -42,13 +42,16 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     Args:
         model: a peft.PeftModel with adapters of type IA3, P_TUNING or PROMPT_TUNING (PEFT holds one type at a time).
         bank: a peft_ops.nn.TaskBank that serves the names which the model has not loaded; its modules are named as in
-            the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors.
+            the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors; vectors
+            of linear layers alone, not of convolutions or of bitsandbytes layers.
         level: "auto" takes the widest operator that a module's own code allows (`report` lists them); "module" keeps
             one operator per PEFT layer, which on a CPU is bitwise PEFT's result.
+        timeout: seconds that a call waits for slots of the bank that calls of other threads hold, until those end;
+            then, and with 0 at once, it raises RuntimeError.
 
     Raises:
         TypeError: the model is no PeftModel.
-        ValueError: it holds adapters of another type.
+        ValueError: it holds adapters of another type; a bank whose modules are not the model's linear layers.
         RuntimeError: the installed PEFT computes something else than the releases that this was written for.
     """
     peft = _checked_peft()
@@ -58,13 +61,15 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
         raise ValueError(f"accelerate: level must be 'auto' or 'module', got {level!r}")
     if bank is not None and not isinstance(bank, TaskBank):
         raise TypeError(f"accelerate: bank must be a peft_ops.nn.TaskBank, got {type(bank).__name__}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise ValueError(f"accelerate: timeout must be seconds from 0 on, got {timeout!r}")
     _check_kinds(model)
     if isinstance(model, Swapped):
         restore(model)
     taken = next((name for name, m in model.get_base_model().named_modules() if isinstance(m, Swapped)), None)
     if taken is not None:
         raise ValueError(f"accelerate: the base model must not be another accelerated model's; restore() that: {taken}")
-    _put(model, Shared(level, bank))
+    _put(model, Shared(level, bank, timeout))
     for module in {model.base_model, model.get_base_model()}:
         module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     return model
@@ -229,6 +234,8 @@ def _swap_layers(model: nn.Module) -> None:
     quantized = tuple(cls for name in ("Linear8bitLt", "Linear4bit") if (cls := getattr(ia3, name, None)) is not None)
     kinds += [(quantized, _layers.MixedQuantized), (ModulesToSaveWrapper, _layers.MixedHead)]
     for name, module in base.named_modules():
+        if isinstance(module, _layers.BankLinear) and name != module._peft_ops_key:
+            unswap(module, *_ATTRIBUTES)  # PEFT has wrapped it since, and what wraps it scales
         if isinstance(module, Swapped):
             continue
         mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
@@ -237,6 +244,9 @@ def _swap_layers(model: nn.Module) -> None:
         elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
             feedforward = _scales_input(module, name, shared.bank)
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
+    layers = [module for module in base.modules() if isinstance(module, _layers.MixedLayer)]
+    shared.layers = {layer._peft_ops_key for layer in layers}
+    shared.disabled_layers = {layer._peft_ops_key for layer in layers if layer.disable_adapters}
     if shared.bank is not None:
         _check_bank(base, shared.bank)
     _say_what_layers_see(base)
@@ -459,8 +469,13 @@ class MixedModel(Swapped):
 
 def _rows(args: tuple, kwargs: dict) -> int | None:
     """Rows of the batch: the first dimension of what the model is called with."""
-    names = "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values"
-    tensors = [*args[:1], *(kwargs.get(name) for name in names)]
+    names = (
+        "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values", "decoder_input_ids",
+        "decoder_inputs_embeds",
+    )  # fmt: skip
+    encoded = kwargs.get("encoder_outputs")
+    encoded = encoded[0] if isinstance(encoded, tuple) else getattr(encoded, "last_hidden_state", None)
+    tensors = [*args[:1], *(kwargs.get(name) for name in names), encoded]
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
 
 
@@ -485,16 +500,23 @@ def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack
         _swap_layers(model)  # an adapter has come that may have targeted other modules
     elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
     held = {}
-    if elsewhere and not shared.disabled:
+    if elsewhere:
         if shared.bank is None:
             raise ValueError(_unknown(model, elsewhere[0]))
         try:
-            held = stack.enter_context(shared.bank.hold(elsewhere))
+            held = stack.enter_context(shared.bank.hold(elsewhere, shared.timeout))
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
-    rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
+        except SlotsInUse as error:
+            raise SlotsInUse(
+                f"adapter_names: the bank has no free slot for all of {elsewhere} while other calls run: give the bank "
+                f"more slots, call again when one has ended, or let calls wait with accelerate(model, bank=bank, "
+                f"timeout=seconds); {error}"
+            ) from error
+    off = shared.is_off
+    rows = [None if name == BASE or off else name for name in adapter_names]
     rows = [name for name in rows for _ in range(choices)]
-    call = Call(shared, rows, repeats, held)
+    call = Call(shared, rows, repeats, {} if off else held)
     call.keep_bank_rows()  # a checkpoint runs without gradients now, and with them when the slots are free
     return call
 

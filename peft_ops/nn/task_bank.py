@@ -42,6 +42,10 @@ class Held(NamedTuple):
     num_virtual_tokens: int
 
 
+class SlotsInUse(RuntimeError):
+    """Slots that a batch needs are held by other batches."""
+
+
 class TaskBank:
     """(IA)^3 vectors and prompts of any number of tasks, `slots` of them on the device at a time.
 
@@ -223,7 +227,8 @@ class TaskBank:
         Raises:
             KeyError: a name that is not here, and that the loader does not know.
             ValueError: more tasks than slots.
-            RuntimeError: slots that other batches use are needed; inside the capture of a CUDA graph.
+            SlotsInUse: a RuntimeError: slots that other batches use are needed.
+            RuntimeError: inside the capture of a CUDA graph.
         """
         op = "TaskBank.use"
         rows = [None if name == BASE else name for name in check_names(op, "rows", rows)]
@@ -327,7 +332,7 @@ class TaskBank:
             self._bring(op, names, brought)
             with self._changed:
                 if not self._changed.wait_for(settled, max(0.0, end - time.monotonic())):
-                    raise RuntimeError(self._all_in_use(op, names))
+                    raise SlotsInUse(self._all_in_use(op, names))
                 if self._absent(names, brought):  # others dropped it meanwhile: it is loaded again
                     continue
                 missing = [name for name in names if name not in self._slot_of]
