@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 OLDEST = "0.19"
 NAMES, BASE = ("first", "second"), "__base__"
@@ -46,10 +47,9 @@ class Tiny(nn.Module):
 
 def problem(put: Callable[[nn.Module], None]) -> str | None:
     """What the installed PEFT does otherwise than what `put` makes of its models; None if nothing."""
-    import packaging.version
     import peft
 
-    if packaging.version.parse(peft.__version__) < packaging.version.parse(OLDEST):
+    if TorchVersion(peft.__version__) < OLDEST:
         return "it is older"
     try:
         with _nothing_left_behind():
