@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_ops.integrations._calls import Call, call_of, forget_steps, step_of
+from peft_ops.integrations._code import code_of
 from peft_ops.integrations._swap import Swapped
 from peft_ops.ops.ia3_linear import ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale, scale_by
@@ -19,6 +20,10 @@ def why_not_exact(layer: nn.Module) -> str | None:
     """Why a layer is not a plain nn.Linear whose weight an operator may read past its forward; None if it is."""
     if type(layer) is not nn.Linear:
         return f"{type(layer).__name__}, not nn.Linear"
+    return why_not_readable(layer)
+
+
+def why_not_readable(layer: nn.Module) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "has hooks"
     if "forward" in layer.__dict__:
@@ -28,6 +33,32 @@ def why_not_exact(layer: nn.Module) -> str | None:
     if not layer.weight.dtype.is_floating_point or layer.weight.dtype.itemsize < 2:
         return f"weight is {layer.weight.dtype}"
     return None
+
+
+# transformers' FalconLinear, an nn.Linear with a forward of its own
+_FALCON_LINEAR = (
+    "hidden_states = x @ self.weight.T\nif self.bias is None:\n    return hidden_states\n"
+    "return hidden_states + self.bias"
+)
+
+
+def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [N, K] and bias of a layer that computes x W^T + b; None where it may not be read past its forward."""
+    if why_no_weight(layer) is not None:
+        return None
+    return (layer.weight.t() if is_conv1d(layer) else layer.weight), layer.bias
+
+
+def why_no_weight(layer: nn.Module) -> str | None:
+    """Why a layer is none of nn.Linear, transformers' Conv1D, whose weight lies the other way round, and FalconLinear,
+    or its weight may not be read; None if it may."""
+    known = type(layer) is nn.Linear or is_conv1d(layer)
+    known = known or (isinstance(layer, nn.Linear) and code_of(type(layer)) == _FALCON_LINEAR)
+    return why_not_readable(layer) if known else f"{type(layer).__name__}, not nn.Linear"
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
 _global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)  # private
@@ -40,6 +71,11 @@ def linear_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     weight, bias, own = layer.weight, layer.bias, layer.__dict__
     hooks, pre_hooks = layer._forward_hooks, layer._forward_pre_hooks  # may get some before the call ends
     return lambda x: layer(x) if hooks or pre_hooks or "forward" in own else F.linear(x, weight, bias)
+
+
+def runs_whole(x: Tensor) -> bool:
+    """Layers read past their forward, as one operator with their scale; on a CPU that would not be bitwise PEFT's."""
+    return x.is_cuda
 
 
 def _switch(name: str) -> Callable:
@@ -136,8 +172,9 @@ class MixedLinear(MixedLayer):
         if self.needs_peft(x, table):
             return self._as_peft(x, *args, **kwargs)
         base = self.base_layer
-        if x.is_cuda and not args and not kwargs and why_not_exact(base) is None:
-            return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
+        weights = weight_of(base) if runs_whole(x) and not args and not kwargs else None
+        if weights is not None:
+            return ia3_linear(x, *weights, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
         if self.is_feedforward:
             return base(ia3_scale(x, table, ids), *args, **kwargs)
         return ia3_scale(base(x, *args, **kwargs), table, ids)

@@ -107,7 +107,7 @@ def _refuse_names(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 _ATTRIBUTES = (
-    "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second", "_peft_ops_kept",
+    "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second",
     "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward", "_peft_ops_sees",
 )  # fmt: skip
 
@@ -143,7 +143,7 @@ def report(model: nn.Module, file=None) -> list[Row]:
     rows, base = [], model.get_base_model()
     inside = {}
     for name, module in base.named_modules():
-        if isinstance(module, (_fused.MixedMLP, _fused.MixedChunk)):
+        if isinstance(module, (_fused.FeedForward, _fused.MixedChunk)):
             parts = module.peft_ops_parts()
             inside[parts.down] = name, parts
     for name, module in base.named_modules():
@@ -172,10 +172,12 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
             operator = "ia3_glu_linear" if parts.gate is not None or parts.packed else "ia3_linear"
             return operator, f"with {name}"
         return "ia3_scale", why
-    exact = _layers.why_not_exact(module.base_layer)
+    exact = _layers.why_no_weight(module.base_layer)
     if isinstance(module, (_fused.PairFirst, _fused.PairSecond)):
         first = module if isinstance(module, _fused.PairFirst) else module._peft_ops_first[0]
         why = _fused.why_not_pair(first, first._peft_ops_second[0])
+        if why is None and first._peft_ops_second[0]._peft_ops_alone:
+            return "ia3_linear", "the second projection was called on another input"
         if why is None:
             return "ia3_kv_linear", "on a GPU; ia3_scale on a CPU"
     if exact is not None:
@@ -250,13 +252,13 @@ def _swap_layers(model: nn.Module) -> None:
     if shared.bank is not None:
         _check_bank(base, shared.bank)
     _say_what_layers_see(base)
-    for module in base.modules():
+    for name, module in base.named_modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
                 if isinstance(child, (_layers.MixedLinear, _layers.BankLinear)):
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
-            _swap_fused(module, shared)
+            _swap_fused(name, module, shared)
 
 
 def _say_what_layers_see(base: nn.Module) -> None:
@@ -280,7 +282,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
     if isinstance(module, (nn.Linear, _layers.MixedLinear)):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if _layers.is_conv1d(module):
         return module.nx, module.nf
     return None
 
@@ -321,21 +323,25 @@ def _check_bank(base: nn.Module, bank) -> None:
             raise ValueError(f"accelerate: bank must hold prompts of {width} features, got {bank.prompts.shape[2]}")
 
 
-def _swap_fused(module: nn.Module, shared: Shared) -> None:
+def _swap_fused(name: str, module: nn.Module, shared: Shared) -> None:
     form = _fused.FORMS.get(_fused.code_of(type(module)))
+    if getattr(module, "slow_but_exact", False):  # Bloom's, which reads its last layer's weight past the layer
+        form = None
     if form is not None and isinstance(getattr(module, form.down, None), _layers.MixedLinear):
         swap(module, _fused.MixedMLP, _peft_ops=shared, _peft_ops_form=form)
     elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.MixedLinear):
         swap(module, _fused.MixedChunk, _peft_ops=shared)
+    elif isinstance(getattr(module, "fc2", None), _layers.MixedLinear):
+        found = _fused.inline_of(type(module))
+        if found is not None:
+            swap(module, _fused.MixedInline, _peft_ops=shared, _peft_ops_form=found[0])
     for names in _fused.PAIRS:
         pair = [getattr(module, name, None) for name in names]
         if all(type(layer) is type(pair[0]) and _is_plain_linear(layer) for layer in pair):
-            if _fused.why_not_pair(*pair) is None:
+            if _fused.why_not_pair(*pair) is None and not _fused.reads_two_texts(name, names):
                 first, second = pair
                 _change_mixin(first, _fused.PairFirst, _peft_ops_second=(second,))
-                _change_mixin(
-                    second, _fused.PairSecond, _peft_ops_first=(first,), _peft_ops_kept=None, _peft_ops_alone=False
-                )
+                _change_mixin(second, _fused.PairSecond, _peft_ops_first=(first,), _peft_ops_alone=False)
                 break
 
 
