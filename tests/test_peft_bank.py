@@ -175,7 +175,9 @@ def bank_of(model, slots: int, names=("a", "b"), more=(), **options) -> TaskBank
     """Vectors for the layers that PEFT adapted, and for more that it did not."""
     layers = {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "ia3_l")}
     widths = {name: m.in_features if m.is_feedforward else m.out_features for name, m in layers.items()}
-    widths |= {name: model.get_base_model().get_submodule(name).out_features for name in more}
+    for name in more:
+        module = model.get_base_model().get_submodule(name)
+        widths[name] = module.nf if hasattr(module, "nf") else module.out_features
     bank = TaskBank(slots, widths, feedforward=[name for name, m in layers.items() if m.is_feedforward], **options)
     generator = torch.Generator().manual_seed(2)
     for name in names:
@@ -314,6 +316,20 @@ def test_a_layer_of_the_bank_that_peft_wraps_later():
     want = model(**batch, adapter_names=names).logits
     model.add_adapter("wide", peft.IA3Config(task_type="CAUSAL_LM", target_modules=["o_proj"], feedforward_modules=[]))
     torch.testing.assert_close(model.eval()(**batch, adapter_names=names).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_in_the_middle_of_a_feed_forward_layer():
+    """PEFT has wrapped its last layer, the bank scales its first one too: no operator may read past that."""
+    model = tiny.ia3_model("gpt2", ["own"])
+    bank, batch = bank_of(model, 2, more=["transformer.h.0.mlp.c_fc"]), tiny.text([6] * 3)
+    found = []
+    for level in ("module", "auto"):
+        accelerate(model, bank=bank, level=level)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found.append(model(**batch, adapter_names=["a", "own", "b"]).logits)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_two_models_of_one_base():

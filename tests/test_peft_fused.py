@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_ops import accelerate, report, restore
 from peft_ops._backend import INTERPRET
 from peft_ops.integrations import _fused, _layers
+from peft_ops.nn import TaskBank
 from tests import tiny
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -187,6 +188,83 @@ def test_a_layer_that_lies_the_other_way_round_is_read_where_it_lies(feedforward
     weight = model.base_model.model[0].base_layer.weight
     assert seen[0].data_ptr() == weight.data_ptr() and seen[0].shape == (20, 12)
     assert report(model, file=io.StringIO())[0].operator == "ia3_linear"
+
+
+def prompts_and_a_bank(family: str, ends: tuple[str, ...], feedforward: str):
+    """A model with a prompt, and a bank with vectors of the layers whose names end so."""
+    model = tiny.prompt_model(family, {"own": 2})
+    layers = {k: m for k, m in model.get_base_model().named_modules() if k.endswith(ends) and hasattr(m, "weight")}
+    sizes = {k: (m.nx, m.nf) if hasattr(m, "nx") else (m.in_features, m.out_features) for k, m in layers.items()}
+    inputs = [name for name in layers if name.endswith(feedforward)]
+    widths = {name: size[name not in inputs] for name, size in sizes.items()}
+    bank = TaskBank(2, widths, feedforward=inputs)
+    for i, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(i)
+        bank.put(name, {k: 1 + 0.5 * torch.randn(width, generator=generator) for k, width in widths.items()})
+    return model, bank
+
+
+BANKS = {
+    "llama": (("k_proj", "v_proj", "down_proj"), "down_proj", {"k_proj": KV, "v_proj": KV, "down_proj": GLU}),
+    "opt": (("q_proj", "k_proj", "fc2"), "fc2", {"q_proj": KV, "k_proj": KV, "fc2": ACT}),
+    "bert": (("key", "value", "output.dense"), "output.dense", EXPECTED["bert"]),
+    "gpt2": (("c_attn", "c_fc", "mlp.c_proj"), "mlp.c_proj", {"c_attn": SCALE, "c_fc": SCALE, "c_proj": "ia3_scale"}),
+    "t5": ((".k", ".v", "wo"), "wo", EXPECTED["t5"]),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("family", BANKS)
+def test_layers_that_a_bank_alone_has_vectors_for(family):
+    """Of a model with prompts: the same operators, and the same results, as where PEFT has wrapped them."""
+    ends, feedforward, expected = BANKS[family]
+    model, bank = prompts_and_a_bank(family, ends, feedforward)
+    batch, names = tiny.batch_for(model, 3, "right"), ["a", tiny.BASE, "b"]
+    accelerate(model, bank=bank, level="module")
+    want = model(**batch, adapter_names=names).logits
+    base = model(**batch, adapter_names=[tiny.BASE] * 3).logits
+    accelerate(model, bank=bank)
+    found = {row.module: row.operator for row in report(model, file=io.StringIO()) if row.module in bank.widths}
+    assert len(found) == len(bank.widths)
+    for end, operator in expected.items():
+        assert {op for name, op in found.items() if name.endswith(end)} == {operator}, end
+    close = dict(rtol=1e-3, atol=1e-3) if INTERPRET else dict(rtol=1e-4, atol=1e-4)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(**batch, adapter_names=names).logits, want, **close)
+            torch.testing.assert_close(model(**batch, adapter_names=[tiny.BASE] * 3).logits, base, **close)
+    assert not torch.isclose(want[0], base[0]).all(-1).any()
+    if not model.config.is_encoder_decoder and family != "bert":
+        options = dict(max_new_tokens=6, do_sample=False)
+        batch = tiny.text([5] * 3)
+        got = model.generate(**batch, **options, adapter_names=names)
+        accelerate(model, bank=bank, level="module")
+        assert torch.equal(got, model.generate(**batch, **options, adapter_names=names))
+    classes = {type(module) for module in restore(model).modules()}
+    assert not any("_peft_ops" in key for module in model.modules() for key in vars(module)) and nn.Embedding in classes
+
+
+@torch.no_grad()
+def test_a_bank_is_disabled_in_the_middle_of_a_call():
+    """Of a model with prompts, whose layers PEFT has no switches of."""
+    model, bank = prompts_and_a_bank("llama", *BANKS["llama"][:2])
+    accelerate(model, bank=bank)
+    ids, found = tiny.text([5] * 3)["input_ids"], []
+
+    def contrast(ids, scores):
+        with model.disable_adapter():
+            found.append(model(input_ids=ids).logits[:, -1])
+        return scores
+
+    names = ["a", tiny.BASE, "b"]
+    out = model.generate(
+        input_ids=ids, max_new_tokens=4, logits_processor=[contrast], do_sample=False, adapter_names=names
+    )
+    want = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, adapter_names=names)
+    assert torch.equal(out, want)
+    for i, base in enumerate(found):
+        plain = model.get_base_model()(input_ids=out[:, : 5 + i]).logits[:, -1]
+        torch.testing.assert_close(base, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_level_module_fuses_nothing():

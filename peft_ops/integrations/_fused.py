@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_ops._backend import use_triton
 from peft_ops.integrations._calls import call_of, step_of
 from peft_ops.integrations._code import code_of, replaced, unwrapped
-from peft_ops.integrations._layers import MixedLinear, linear_of, weight_of, why_no_weight, why_not_exact
+from peft_ops.integrations._layers import BankLinear, MixedLinear, ScaledLinear, linear_of, weight_of, why_no_weight
 from peft_ops.integrations._swap import Swapped
 from peft_ops.nn.adapters import writes
 from peft_ops.ops.ia3_glu import glu_by, ia3_glu_linear
@@ -166,7 +166,7 @@ def why_not_fused(parts: Parts) -> str | None:
         return f"activation {type(parts.act).__name__}"
     if is_touched(parts.act) or is_touched(parts.down):
         return "has hooks, or its forward is replaced"
-    if not isinstance(parts.down, MixedLinear):
+    if not isinstance(parts.down, ScaledLinear):
         return "no (IA)^3 vector at its end"
     if not parts.down.is_feedforward:
         return "its (IA)^3 vector scales the output"
@@ -235,7 +235,7 @@ class FeedForward(Swapped):
         before = None if is_flat(parts, x) else prepare_hidden(parts, x)
         if before is None or form.dropout is not None or form.out_dropout is not None or form.residual:
             return self.unprepared if before is None else lambda x, *residual: self.after(parts, before(x), *residual)
-        down = linear_of(parts.down.base_layer)
+        down = parts.down.bare_by()
         return lambda x: down(before(x))
 
     def after(self, parts: Parts, h: Tensor, *residual: Tensor) -> Tensor:
@@ -243,8 +243,8 @@ class FeedForward(Swapped):
         if form.dropout is not None:
             h = self._dropped(form.dropout, h)
             if form.casts:
-                h = h.to(parts.down.base_layer.weight.dtype)
-        y = self._dropped(form.out_dropout, parts.down.base_layer(h))
+                h = h.to(parts.down.weight.dtype)
+        y = self._dropped(form.out_dropout, parts.down.bare(h))
         return residual[0] + y if residual else y
 
     def _dropped(self, name: str | None, x: Tensor) -> Tensor:
@@ -301,7 +301,7 @@ def inline_of(cls: type) -> tuple[Form, FunctionType] | None:
 
 
 def is_flat(parts: Parts, x: Tensor) -> bool:
-    call = call_of(parts.down._peft_ops) if isinstance(parts.down, MixedLinear) else None
+    call = call_of(parts.down._peft_ops) if isinstance(parts.down, ScaledLinear) else None
     return call is not None and call.is_flat(x, parts.down)
 
 
@@ -322,7 +322,7 @@ class MixedChunk(Swapped):
 
     def after(self, parts: Parts, h: Tensor, x: Tensor) -> Tensor:
         output = self.output
-        return output.LayerNorm(output.dropout(parts.down.base_layer(h)) + x)
+        return output.LayerNorm(output.dropout(parts.down.bare(h)) + x)
 
     def unprepared(self, x: Tensor) -> Tensor:
         parts = self.peft_ops_parts()
@@ -361,7 +361,7 @@ def reads_two_texts(name: str, pair: tuple[str, str]) -> bool:
 _left = threading.local()  # (second, x, writes to x, its result), between the first projection's call and the second's
 
 
-class PairFirst(MixedLinear):
+class First(ScaledLinear):
     """The projection that is called first: it computes both where both read the same x, and leaves the other's."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -371,20 +371,20 @@ class PairFirst(MixedLinear):
         call = call_of(self._peft_ops)
         if call is not None and call.uses_bank(self) != call.uses_bank(second):
             return super().forward(x)
-        if x.dtype != self.base_layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         mine, others = self.selection(x), second.selection(x)
         if mine is None or others is None or self.needs_peft(x, mine[0]) or second.needs_peft(x, others[0]):
             return super().forward(x)
-        a, b = self.base_layer, second.base_layer
+        (weight, bias), (other_weight, other_bias) = self.weights(), second.weights()
         y, other = ia3_kv_linear(
-            x, a.weight, b.weight, a.bias, b.bias, k_ia3_l=mine[0], v_ia3_l=others[0], task_ids=mine[1]
+            x, weight, other_weight, bias, other_bias, k_ia3_l=mine[0], v_ia3_l=others[0], task_ids=mine[1]
         )
         _left.over = second, x, writes(x), other
         return y
 
 
-class PairSecond(MixedLinear):
+class Second(ScaledLinear):
     """The projection that is called second, and finds its result if it is given the very tensor that the first was."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -398,11 +398,26 @@ class PairSecond(MixedLinear):
         return super().forward(x, *args, **kwargs)
 
 
-def why_not_pair(first: nn.Module, second: nn.Module) -> str | None:
+class PairFirst(First, MixedLinear):
+    pass
+
+
+class PairSecond(Second, MixedLinear):
+    pass
+
+
+class BankFirst(First, BankLinear):
+    pass
+
+
+class BankSecond(Second, BankLinear):
+    pass
+
+
+def why_not_pair(first: ScaledLinear, second: ScaledLinear) -> str | None:
     if first.is_feedforward or second.is_feedforward:
         return "scales its input"
-    a, b = first.base_layer, second.base_layer
-    why = why_not_exact(a) or why_not_exact(b)
-    if why is None and (a.in_features != b.in_features or a.weight.dtype != b.weight.dtype):
+    why = first.why_not_plain() or second.why_not_plain()
+    if why is None and (first.in_features != second.in_features or first.weight.dtype != second.weight.dtype):
         return "the two layers differ in width or dtype"
     return why

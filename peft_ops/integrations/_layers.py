@@ -52,6 +52,8 @@ def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 def why_no_weight(layer: nn.Module) -> str | None:
     """Why a layer is none of nn.Linear, transformers' Conv1D, whose weight lies the other way round, and FalconLinear,
     or its weight may not be read; None if it may."""
+    if isinstance(layer, Swapped):
+        return "has (IA)^3 vectors of its own"
     known = type(layer) is nn.Linear or is_conv1d(layer)
     known = known or (isinstance(layer, nn.Linear) and code_of(type(layer)) == _FALCON_LINEAR)
     return why_not_readable(layer) if known else f"{type(layer).__name__}, not nn.Linear"
@@ -123,29 +125,37 @@ class MixedLayer(Swapped):
         return any(torch.promote_types(dtype, self.ia3_l[name].dtype) != self.ia3_l[name].dtype for name in names)
 
 
-class MixedLinear(MixedLayer):
-    """peft.tuners.ia3.Linear: y = base(x) * l[t], or base(x * l[t]) with is_feedforward."""
+class ScaledLinear(Swapped):
+    """y = bare(x) * l[t], or bare(x * l[t]) with is_feedforward: a linear layer whose rows may have vectors."""
+
+    is_feedforward: bool
 
     def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
-        """The table and the ids that x runs with; None where the base layer runs alone."""
-        call = self._call()
-        if self.disable_adapters or self.merged:
-            return None
-        if call is not None:
-            return call.select(self, self.ia3_l, self._features, x)
-        active = self._active()
-        return (self._product(active).unsqueeze(0), None) if active else None
-
-    @property
-    def _features(self) -> int:
-        return self.in_features if self.is_feedforward else self.out_features
+        """The table and the ids that x runs with; None where the layer runs alone."""
+        raise NotImplementedError
 
     def needs_peft(self, x: Tensor, table: Tensor) -> bool:
-        """PEFT's arithmetic is not the operator's: the vectors are narrower than a feed-forward input, or fp64."""
-        if table.dtype is torch.float64 and x.dtype is not torch.float64:
-            return True
-        call = call_of(self._peft_ops)
-        return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
+        """PEFT's arithmetic is not the operator's."""
+        return False
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        raise NotImplementedError
+
+    def bare_by(self) -> Callable[[Tensor], Tensor]:
+        """The same for the rest of a call."""
+        return self.bare
+
+    def why_no_weight(self) -> str | None:
+        """Why the bare layer's weight may not be read past its forward; None if it may."""
+        raise NotImplementedError
+
+    def why_not_plain(self) -> str | None:
+        """Why the bare layer is not an nn.Linear, or may not be read."""
+        raise NotImplementedError
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, K] and bias, where they may be read."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         step = None if args or kwargs else step_of(self, x)
@@ -156,7 +166,7 @@ class MixedLinear(MixedLayer):
         selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
         if selected is None or self.needs_peft(x, selected[0]):
             return self.unprepared
-        scale, linear = scale_by(*selected), linear_of(self.base_layer)
+        scale, linear = scale_by(*selected), self.bare_by()
         if self.is_feedforward:
             return lambda x: linear(scale(x))
         return lambda x: scale(linear(x))
@@ -171,13 +181,50 @@ class MixedLinear(MixedLayer):
         table, ids = selected
         if self.needs_peft(x, table):
             return self._as_peft(x, *args, **kwargs)
-        base = self.base_layer
-        weights = weight_of(base) if runs_whole(x) and not args and not kwargs else None
-        if weights is not None:
-            return ia3_linear(x, *weights, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
+        if runs_whole(x) and not args and not kwargs and self.why_no_weight() is None:
+            return ia3_linear(x, *self.weights(), ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
         if self.is_feedforward:
-            return base(ia3_scale(x, table, ids), *args, **kwargs)
-        return ia3_scale(base(x, *args, **kwargs), table, ids)
+            return self.bare(ia3_scale(x, table, ids), *args, **kwargs)
+        return ia3_scale(self.bare(x, *args, **kwargs), table, ids)
+
+
+class MixedLinear(ScaledLinear, MixedLayer):
+    """peft.tuners.ia3.Linear, around its base layer."""
+
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
+        call = self._call()
+        if self.disable_adapters or self.merged:
+            return None
+        if call is not None:
+            return call.select(self, self.ia3_l, self._features, x)
+        active = self._active()
+        return (self._product(active).unsqueeze(0), None) if active else None
+
+    @property
+    def _features(self) -> int:
+        return self.in_features if self.is_feedforward else self.out_features
+
+    def needs_peft(self, x: Tensor, table: Tensor) -> bool:
+        """The vectors are narrower than a feed-forward input, or fp64."""
+        if table.dtype is torch.float64 and x.dtype is not torch.float64:
+            return True
+        call = call_of(self._peft_ops)
+        return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
+
+    def bare_by(self) -> Callable[[Tensor], Tensor]:
+        return linear_of(self.base_layer)
+
+    def why_no_weight(self) -> str | None:
+        return why_no_weight(self.base_layer)
+
+    def why_not_plain(self) -> str | None:
+        return why_not_exact(self.base_layer)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return weight_of(self.base_layer)
 
     def _as_peft(self, x: Tensor, *args, **kwargs) -> Tensor:
         call = call_of(self._peft_ops)
@@ -261,16 +308,29 @@ class MixedHead(Swapped):
         return out
 
 
-class BankLinear(Swapped):
+class BankLinear(ScaledLinear):
     """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def is_feedforward(self) -> bool:
+        return self._peft_ops_feedforward
+
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
         call = None if self._peft_ops.is_off else call_of(self._peft_ops)
-        if call is None:
-            return super().forward(x)
-        if call.is_flat(x, self):
-            return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
-        if self._peft_ops_feedforward:
-            return super().forward(ia3_scale(x, table, ids))
-        return ia3_scale(super().forward(x), table, ids)
+        return None if call is None else call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self._kind.forward(self, x, *args, **kwargs)
+
+    @property
+    def _kind(self) -> type:
+        return type(self)._swapped_with[1]
+
+    def why_no_weight(self) -> str | None:
+        return why_not_readable(self) if is_conv1d(self) else self.why_not_plain()
+
+    def why_not_plain(self) -> str | None:
+        return why_not_readable(self) if self._kind is nn.Linear else f"{self._kind.__name__}, not nn.Linear"
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return (self.weight.t() if is_conv1d(self) else self.weight), self.bias

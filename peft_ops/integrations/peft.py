@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _guard, _layers
-from peft_ops.integrations._calls import Call, Shared, calling, current_call, in_backward
+from peft_ops.integrations._calls import Call, Shared, calling, current_call, forget_steps, in_backward
 from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
 from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE, SlotsInUse, TaskBank
@@ -163,8 +163,6 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
         return "heads by row", ""
     if isinstance(module, (_layers.MixedConv, _layers.MixedQuantized)):
         return "PEFT by row", type(module.get_base_layer()).__name__
-    if isinstance(module, _layers.BankLinear):
-        return "ia3_scale", "no PEFT layer, a bank's vectors only"
     if mlp is not None:
         name, parts = mlp
         why = _fused.why_not_fused(parts)
@@ -172,9 +170,9 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
             operator = "ia3_glu_linear" if parts.gate is not None or parts.packed else "ia3_linear"
             return operator, f"with {name}"
         return "ia3_scale", why
-    exact = _layers.why_no_weight(module.base_layer)
-    if isinstance(module, (_fused.PairFirst, _fused.PairSecond)):
-        first = module if isinstance(module, _fused.PairFirst) else module._peft_ops_first[0]
+    exact = module.why_no_weight()
+    if isinstance(module, (_fused.First, _fused.Second)):
+        first = module if isinstance(module, _fused.First) else module._peft_ops_first[0]
         why = _fused.why_not_pair(first, first._peft_ops_second[0])
         if why is None and first._peft_ops_second[0]._peft_ops_alone:
             return "ia3_linear", "the second projection was called on another input"
@@ -235,9 +233,10 @@ def _swap_layers(model: nn.Module) -> None:
     kinds = [(ia3.Linear, _layers.MixedLinear), ((ia3.Conv2d, ia3.Conv3d), _layers.MixedConv)]
     quantized = tuple(cls for name in ("Linear8bitLt", "Linear4bit") if (cls := getattr(ia3, name, None)) is not None)
     kinds += [(quantized, _layers.MixedQuantized), (ModulesToSaveWrapper, _layers.MixedHead)]
+    for module in base.modules():
+        if isinstance(module, _layers.BankLinear):  # PEFT may have wrapped it since, and what wraps it scales
+            unswap(module, *_ATTRIBUTES)
     for name, module in base.named_modules():
-        if isinstance(module, _layers.BankLinear) and name != module._peft_ops_key:
-            unswap(module, *_ATTRIBUTES)  # PEFT has wrapped it since, and what wraps it scales
         if isinstance(module, Swapped):
             continue
         mixin = next((mixin for cls, mixin in kinds if isinstance(module, cls)), None)
@@ -255,7 +254,7 @@ def _swap_layers(model: nn.Module) -> None:
     for name, module in base.named_modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
-                if isinstance(child, (_layers.MixedLinear, _layers.BankLinear)):
+                if isinstance(child, _layers.ScaledLinear):
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
             _swap_fused(name, module, shared)
@@ -327,11 +326,11 @@ def _swap_fused(name: str, module: nn.Module, shared: Shared) -> None:
     form = _fused.FORMS.get(_fused.code_of(type(module)))
     if getattr(module, "slow_but_exact", False):  # Bloom's, which reads its last layer's weight past the layer
         form = None
-    if form is not None and isinstance(getattr(module, form.down, None), _layers.MixedLinear):
+    if form is not None and isinstance(getattr(module, form.down, None), _layers.ScaledLinear):
         swap(module, _fused.MixedMLP, _peft_ops=shared, _peft_ops_form=form)
-    elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.MixedLinear):
+    elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.ScaledLinear):
         swap(module, _fused.MixedChunk, _peft_ops=shared)
-    elif isinstance(getattr(module, "fc2", None), _layers.MixedLinear):
+    elif isinstance(getattr(module, "fc2", None), _layers.ScaledLinear):
         found = _fused.inline_of(type(module))
         if found is not None:
             swap(module, _fused.MixedInline, _peft_ops=shared, _peft_ops_form=found[0])
@@ -340,13 +339,16 @@ def _swap_fused(name: str, module: nn.Module, shared: Shared) -> None:
         if all(type(layer) is type(pair[0]) and _is_plain_linear(layer) for layer in pair):
             if _fused.why_not_pair(*pair) is None and not _fused.reads_two_texts(name, names):
                 first, second = pair
-                _change_mixin(first, _fused.PairFirst, _peft_ops_second=(second,))
-                _change_mixin(second, _fused.PairSecond, _peft_ops_first=(first,), _peft_ops_alone=False)
+                mixins = _fused.PairFirst, _fused.PairSecond
+                if isinstance(first, _layers.BankLinear):
+                    mixins = _fused.BankFirst, _fused.BankSecond
+                _change_mixin(first, mixins[0], _peft_ops_second=(second,))
+                _change_mixin(second, mixins[1], _peft_ops_first=(first,), _peft_ops_alone=False)
                 break
 
 
 def _is_plain_linear(layer) -> bool:
-    return isinstance(layer, _layers.MixedLinear) and not isinstance(layer, (_fused.PairFirst, _fused.PairSecond))
+    return isinstance(layer, _layers.ScaledLinear) and not isinstance(layer, (_fused.First, _fused.Second))
 
 
 def _change_mixin(module: nn.Module, mixin: type, **attributes) -> None:
@@ -447,12 +449,14 @@ class MixedModel(Swapped):
                 return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
 
             before, shared.disabled = shared.disabled, True
+            forget_steps(shared)  # a bank's layers have no switch of PEFT's that would
             if self.active_peft_config.is_prompt_learning:
                 self.forward = forward
             try:
                 yield
             finally:
                 shared.disabled = before
+                forget_steps(shared)
 
     def merge_and_unload(self, *args, **kwargs):
         return restore(self.base_model.merge_and_unload(*args, **kwargs))
