@@ -1,9 +1,13 @@
 """Options of the benchmark suite, and what its files say of the machine."""
 
+import time
+
 import pytest
 import torch
 
 from bench.matrix import environment, roofs
+
+BEGIN = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,3 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine_info["environment"] = environment() | {"roofs": roofs(device)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(output_json: dict) -> None:
+    output_json["machine_info"]["environment"]["suite_seconds"] = round(time.monotonic() - BEGIN)

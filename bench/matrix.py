@@ -11,8 +11,11 @@ torch.compile of eager (--compile: minutes per shape). Where a peer would be ano
 module for the layer, it is left out. Training is forward and backward. Correctness, gradients too, is checked against
 fp64 before anything is timed.
 
+What failed, was wrong, or took the process with it comes last in the next run, and twice at most: OUT's .journal.
+
 On a GPU `us` and `ratio` are kernel time, a graph replayed over rotating buffers, and `wall_us` and `wall_ratio` what
-a caller waits for, launches and synchronisation included. `saved`: bytes that a forward keeps for its backward.
+a caller waits for, launches and synchronisation included. `hot`: the buffers are too small to fill the L2 cache
+thrice, so that some reads come from there. `saved`: bytes that a forward keeps for its backward.
 """
 
 import argparse
@@ -21,9 +24,8 @@ import os
 import platform
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft_ops
-from bench.harness import Ratio, compare, copies_for, wall_timer
+from bench.harness import Journal, Ratio, compare, copies_for, is_hot, wall_timer
 from bench.shapes import CASES, CPU_CASES, QUICK_CASES, Case
 from bench.training import saved_bytes
 from bench.tune import ELEMENTWISE, PROMPTS, Inputs, apply, is_right
@@ -44,20 +46,41 @@ from peft_ops.ops.ia3_scale import scale_forward
 PEERS = ("bare", "peft_ops", "ft_style", "native", "eager", "peft", "compile")
 
 
+NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+
+
 def environment() -> dict:
-    """What a row must say to be compared: machine, versions, commit."""
+    """What a row must say to be compared: machine, versions, commit ($COMMIT where there is no git); of a GPU, driver,
+    clocks, power and temperature as found."""
     cuda = torch.cuda.is_available()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = _said(["git", "rev-parse", "--short", "HEAD"]) or os.environ.get("COMMIT", "")
     versions = {name: metadata.version(name) for name in ("torch", "triton", "peft") if _installed(name)}
     device = torch.cuda.get_device_name() if cuda else _cpu()
     python, kind = platform.python_version(), "gpu" if cuda else "cpu"
-    return versions | {
+    found = versions | {
         "kind": kind,
         "device": device,
         "threads": torch.get_num_threads(),
         "python": python,
         "commit": commit,
     }
+    return found | ({"nvidia-smi": as_found()} if cuda else {})
+
+
+def as_found() -> dict[str, str]:
+    """The state of the first GPU that is visible; nothing is set."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    said = _said(["nvidia-smi", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader", "-i", first])
+    values = [value.strip() for value in said.split(",")]
+    return dict(zip(NVIDIA_SMI.split(","), values, strict=True)) if len(values) > 1 else {}
+
+
+def _said(command: list[str]) -> str:
+    """What a program prints; nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def _cpu() -> str:
@@ -213,7 +236,8 @@ def peers(sets: list[Inputs], with_compile: bool) -> dict[str, Callable[[int], o
         compiled = torch.compile(eager, mode=mode, dynamic=False)
         calls["compile"] = lambda i: compiled(sets[i])
     one_pass = layer.op in ("scale", *PROMPTS)
-    if sets[0].x.is_cuda and has_native("cuda") and layer.op not in ("glu", "gate", "embed", "packed"):
+    without = "glu", "gate", "embed", "packed", "added"  # no CUDA C++ kernel, nor for any backward
+    if sets[0].x.is_cuda and has_native("cuda") and layer.op not in without and not sets[0].trains:
         calls["native"] = ours if one_pass else calls["ft_style"]
     calls = {name: trained(call, sets) if sets[0].trains else call for name, call in calls.items()}
     return {name: natively(call) if name == "native" else call for name, call in calls.items()}
@@ -257,10 +281,12 @@ class Measured:
 
         first = make()
         copies = copies_for(first.nbytes(), device)
-        self.case, self.device, self.sets = case, device, [first, *(make() for _ in range(copies - 1))]
-        if case.layer.op in PROMPTS:
-            for inputs in self.sets:  # other tokens read other rows: one embedding serves them all
-                inputs.weights = first.weights
+        self.is_hot = is_hot(first.nbytes(), device)
+        self.case, self.device, self.sets = case, device, [first]
+        while len(self.sets) < copies:
+            self.sets.append(make())
+            if case.layer.op in PROMPTS:  # other tokens read other rows: one embedding serves them all
+                self.sets[-1].weights = first.weights
         with torch.set_grad_enabled(trains):
             self.right = is_right(first)
             self.calls = peers(self.sets, with_compile) if self.right else {}
@@ -278,7 +304,7 @@ class Measured:
         """What a row says besides times."""
         case, (flops, nbytes) = self.case, cost(self.sets[0])
         found = {"layer": case.layer.name, "phase": case.phase, "rows": case.rows, "tasks": case.tasks}
-        found |= {"flops": flops, "bytes": nbytes}
+        found |= {"flops": flops, "bytes": nbytes} | ({"hot": True} if self.is_hot else {})
         return found | {"saved": self.saved()} if case.phase == "train" else found
 
 
@@ -310,31 +336,40 @@ def main() -> None:
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--limit", type=float, default=None, help="seconds, after which one shape ends the process")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    done = []
-    if os.path.exists(args.out):
-        with open(args.out) as f:
-            done = [{key: r[key] for key in ("layer", "phase", "rows", "tasks")} for r in map(json.loads, f)]
+    out, done = Path(args.out), []
+    if out.exists():
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        done = [{key: r[key] for key in ("layer", "phase", "rows", "tasks")} for r in rows if "us" in r]
     torch.manual_seed(0)
     cases = QUICK_CASES if args.quick else CASES if device.type == "cuda" else CPU_CASES
+    cases = {case.name: case for case in cases if args.match in case.name}
     seconds = 0.02 if args.quick else args.seconds
-    end, where, failed = time.monotonic() + args.budget, None, 0
-    for case in cases:
-        if args.match not in case.name or identity(case) in done or time.monotonic() > end:
-            continue
-        where = where or environment() | {"roofs": roofs(device)}
-        try:
-            found = row(case, device, seconds, args.compile)
-        except Exception:  # a peer that does not launch is one finding, and the other shapes are still wanted
-            traceback.print_exc(limit=-3)
-            found = identity(case) | {"failed": True}
-        failed += "us" not in found
-        with open(args.out, "a") as f:
-            f.write(json.dumps(found | where) + "\n")
+    place = cache(lambda: environment() | {"roofs": roofs(device)})  # seconds on a GPU: only if a case is left
+
+    def add(found: dict) -> None:
+        with out.open("a") as f:
+            f.write(json.dumps(found | place()) + "\n")
+
+    def measure(case: Case) -> bool:
+        place()
+        found = row(case, device, seconds, args.compile)
+        add(found)
         ratios = {name: values[0] for name, values in found.get("ratio", {}).items() if name != "bare"}
         print(f"{case.name:44} {found.get('us', {}).get('bare', 0):10.1f} us bare  {ratios or 'WRONG'}", flush=True)
-    sys.exit(failed > 0)
+        return "us" in found
+
+    pieces = ((name, lambda case=case: measure(case)) for name, case in cases.items())
+    measured = [name for name, case in cases.items() if identity(case) in done]
+    journal, bad = Journal(out.with_suffix(".journal")), 0
+    for name, state in journal.work(pieces, device, budget=args.budget, limit=args.limit, done=measured):
+        bad += state != "right"
+        if state == "failed":
+            add(identity(cases[name]) | {"failed": True})
+            print(f"{name:44} FAILED", flush=True)
+    sys.exit(bad > 0)
 
 
 if __name__ == "__main__":

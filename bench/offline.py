@@ -353,14 +353,14 @@ def _embed_backward(E, dtype):
     return record
 
 
-def _packed(E, dtype, prompt_dtype, table, which):
+def _packed(E, dtype, prompt_dtype, table, which, scale=1.0):
     def record(capability):
         tokens = _ids(4096) if table else _meta(4096, E, dtype=dtype)
         embedding = _meta(32000, E, dtype=dtype) if table else None
         with recorded(prompt_concat_packed) as launches:
             prompt_concat_packed.launch_packed(
                 tokens, _ids(9, torch.int32), embedding, _meta(4, 20, E, dtype=prompt_dtype), _ids(8), _ids(4),
-                _ids(4096), 4256, False,
+                _ids(4096), 4256, scale, False,
             )  # fmt: skip
         return launches[which]
 
@@ -413,6 +413,7 @@ def cases() -> list[Case]:
     found.append(Case("prompt_layout", _concat(4096, bf16, fp32, True, 0)))
     found.append(Case("prompt_layout after_bos", _concat(4096, bf16, fp32, True, 0, after_bos=True)))
     found.append(Case("prompt_concat inputs_embeds", _concat(1536, bf16, bf16, False, 1), wide=True))
+    found.append(Case("prompt_concat_packed bf16 scale", _packed(4096, bf16, fp32, True, 1, scale=64.0), wide=True))
     found.append(Case("packed_layout", _packed(4096, bf16, fp32, True, 0)))
     for E in (1024, 1536):
         name = f"prompt_concat_packed inputs_embeds {E}"

@@ -1,22 +1,27 @@
-"""What was measured, as tables and plots.
+"""What was measured, as tables and pictures.
 
-    python -m bench.report [FILE] [--out DIR]   # a saved run of the suite (the newest), or JSON lines of bench.matrix,
-                                                # into bench/results/cpu or, measured there, gpu
+    python -m bench.report [FILE] [--out DIR]   # a saved run of the suite (the newest), JSON lines of bench.matrix, or
+                                                # all that bench/gpu.sh left in a folder, into bench/results/cpu or a
+                                                # folder named after the GPU
     python -m bench.report --compare            # the last two saved runs; fails where a median is over 15 % slower
     python -m bench.report --pages              # the tables of README.md and docs/performance.md, from bench/results
 
-Ratios are to the bare layer, paired: median, 10th and 90th percentile. Nothing is printed that was not measured.
+Ratios are to the bare layer, paired: median, 10th and 90th percentile. Nothing is printed that was not measured: a
+shape of the suite that has no time says why, "wrong", "failed" or "Not measured yet".
 """
 
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.harness import BASELINE_AGAIN
 from bench.matrix import PEERS
+from bench.native_cpu import TARGETS, verdict
+from bench.plots import PLOTS, is_case, save
 from bench.tune import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +29,7 @@ RESULTS, STORAGE, PAGES = ROOT / "bench/results", ROOT / ".benchmarks", ("README
 NOT_MEASURED = "Not measured yet."
 GATE = 1.15  # of a median over the one before
 OURS = "peft_ops", "native"  # peers that a change of this project can make slower
-COLOURS = dict(zip(PEERS, ("#4a5560", "#1f6fb2", "#6aa84f", "#d9822b", "#c0504d", "#b8c4d0", "#8e63b0"), strict=True))
+TAKEN = "drop_in.json", "task_bank.json", "launcher.json"  # of a folder of bench/gpu.sh, what pages have tables of
 
 
 def saved_runs(storage: Path = STORAGE) -> list[Path]:
@@ -32,10 +37,21 @@ def saved_runs(storage: Path = STORAGE) -> list[Path]:
     return sorted(storage.rglob("[0-9][0-9][0-9][0-9]_*.json"), key=lambda path: path.name)
 
 
-def load(path: Path) -> list[dict]:
-    """Rows of bench.matrix, from its own JSON lines or from a saved run of the suite. What was wrong is left out."""
+def read(path: Path) -> list[dict]:
+    """Rows of bench.matrix, from its own JSON lines, a saved run of the suite, or a folder of bench/gpu.sh.
+
+    A row without "us" is of a shape that has no time: it was wrong, or failed.
+    """
+    if path.is_dir():
+        known = {}
+        for name in ("matrix", "compile"):  # measured with torch.compile too, a shape has all its peers from that run
+            file = path / f"{name}.jsonl"
+            for row in read(file) if file.exists() else []:
+                key = tuple(row[key] for key in ("layer", "phase", "rows", "tasks"))
+                known[key] = row if "us" in row else known.get(key, row)
+        return [*known.values()]
     if path.suffix == ".jsonl":
-        return [row for row in map(json.loads, path.read_text().splitlines()) if "us" in row]
+        return [*map(json.loads, path.read_text().splitlines())]
     run, rows = json.loads(path.read_text()), {}
     for one in run["benchmarks"]:
         facts = dict(one["extra_info"])
@@ -45,157 +61,110 @@ def load(path: Path) -> list[dict]:
     return [row | run["machine_info"]["environment"] for row in rows.values()]
 
 
+def timed(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if "us" in row]
+
+
+def load(path: Path) -> list[dict]:
+    """The rows that have times."""
+    return timed(read(path))
+
+
+def folder_of(kind: str, device: str) -> str:
+    """Where results of a device are kept: a GPU has a folder of its own, bench/results/nvidia-h200."""
+    return "cpu" if kind == "cpu" else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def gpu_folders(results: Path) -> list[Path]:
+    return sorted(path for path in results.iterdir() if path.is_dir() and path.name != "cpu")
+
+
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     header = list(header)
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def place(rows: list[dict]) -> str:
-    """Where rows were measured, once for each place."""
-    said = (f"{r['device']}, {r['threads']} threads, PyTorch {r['torch']}, commit {r['commit']}" for r in rows)
-    return "; ".join(dict.fromkeys(said))
+    """Where rows were measured, once for each place, and how long the suite took if it says so."""
+    said = dict.fromkeys(
+        f"{r['device']}, {r['threads']} threads, PyTorch {r['torch']}, commit {r['commit']}"
+        + (f"; the suite took {r['suite_seconds']:,.0f} s" if "suite_seconds" in r else "")
+        for r in rows
+    )
+    return "; ".join(said)
+
+
+def reason(row: dict) -> str:
+    """Why a row has no time."""
+    return "wrong" if row.get("wrong") else "failed"
 
 
 def ratio_table(rows: list[dict], of: str = "") -> str:
     """Every shape: the bare layer's time, each peer's ratio to it, and what the bare layer gives against itself."""
 
-    known = [peer for peer in PEERS[1:] if any(peer in row["ratio"] for row in rows)]
+    known = [peer for peer in PEERS[1:] if any(peer in row["ratio"] for row in timed(rows))]
 
     def cells(row: dict) -> list[str]:
+        shape = [row["layer"], row["phase"], str(row["rows"]), str(row["tasks"])]
+        if f"{of}us" not in row:
+            return [*shape, NOT_MEASURED.rstrip(".") if "us" in row else reason(row), *[""] * len(known), ""]
         us, ratio = row[f"{of}us"], row[f"{of}ratio"]
         named = [f"{ratio[peer][0]:.2f}" if peer in ratio else "" for peer in known]
         noise = "{1:.2f}-{2:.2f}".format(*ratio[BASELINE_AGAIN])
-        return [row["layer"], row["phase"], str(row["rows"]), str(row["tasks"]), f"{us['bare']:.1f}", *named, noise]
+        return [*shape, f"{us['bare']:.1f}", *named, noise]
 
     header = "layer", "phase", "rows", "tasks", "bare, us", *known, "noise"
     return markdown(header, map(cells, rows))
 
 
-def summary_table(rows: list[dict]) -> str:
-    """One line per layer, one column per row count: our ratio, PEFT's arithmetic in brackets."""
-    rows = [row for row in rows if row["tasks"] == TASKS]  # other counts have a plot of their own
+def summary_table(rows: list[dict], of: str = "") -> str:
+    """One line per layer, one column per row count: our ratio, PEFT's arithmetic in brackets.
+
+    Other numbers of tasks, and a row count that the suite has for them alone, have a picture of their own. An empty
+    cell is no shape of the suite: a prompt stands before a text, and has no decode.
+    """
+    rows = [row for row in rows if row["tasks"] == TASKS]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
     columns = sorted({(row["phase"], row["rows"]) for row in rows})
+    kind = rows[0]["kind"] if rows else "cpu"
+
+    def alone(column: tuple[str, int]) -> bool:
+        return len(layers) > 1 and sum(is_case(kind, layer, *column) for layer in layers) == 1
+
+    columns = [column for column in columns if not alone(column)]
     found = {}
     for row in rows:
-        ours, eager = (row["ratio"][peer][0] for peer in ("peft_ops", "eager"))
-        found.setdefault(row["layer"], {})[row["phase"], row["rows"]] = f"{ours:.2f} ({eager:.2f})"
-    lines = [[layer, *(known.get(column, "") for column in columns)] for layer, known in found.items()]
+        if f"{of}us" in row:
+            ours, eager = (row[f"{of}ratio"][peer][0] for peer in ("peft_ops", "eager"))
+            said = f"{ours:.2f} ({eager:.2f})"
+        else:
+            said = NOT_MEASURED.rstrip(".") if "us" in row else reason(row)
+        found[row["layer"], row["phase"], row["rows"]] = said
+
+    def cell(layer: str, column: tuple[str, int]) -> str:
+        missing = NOT_MEASURED.rstrip(".") if is_case(kind, layer, *column) else ""
+        return found.get((layer, *column), missing)
+
+    lines = [[layer, *(cell(layer, column) for column in columns)] for layer in layers]
     return markdown(["time / bare layer", *(f"{phase}, {count} rows" for phase, count in columns)], lines)
 
 
-def figure(width: float, height: float):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "peft_ops"  # the same numbers make the same file
-    import matplotlib.pyplot as plt
-
-    drawn, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return drawn, axes
-
-
-def draw_ratios(rows: list[dict]):
-    """Time over the bare layer's, one line per shape; grey: the bare layer against itself."""
-    drawn, axes = figure(9, 1.5 + 0.24 * len(rows))
-    for y, row in enumerate(rows):
-        low, high = row["ratio"][BASELINE_AGAIN][1:]
-        axes.barh(y, high - low, left=low, height=0.8, color="#d8d8d8", zorder=0)
-        for peer in PEERS[1:]:
-            if peer in row["ratio"]:
-                middle, low, high = row["ratio"][peer]
-                axes.plot([low, high], [y, y], color=COLOURS[peer], linewidth=1)
-                label = peer if peer not in axes.get_legend_handles_labels()[1] else None
-                axes.plot(middle, y, "o", color=COLOURS[peer], markersize=5, label=label)
-    axes.axvline(1, color="black", linestyle="dashed", linewidth=1)
-    names = [f"{r['layer']}, {r['phase']}, {r['rows']} rows, {r['tasks']} tasks" for r in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=7.5)
-    axes.invert_yaxis()
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("time / bare layer's (median, p10 to p90)")
-    axes.legend(fontsize=8, frameon=False, ncols=len(PEERS), loc="lower center", bbox_to_anchor=(0.5, 1))
-    return drawn
-
-
-def draw_roofline(rows: list[dict]):
-    """Operations per second against operations per byte that the bare layer cannot do without."""
-    drawn, axes = figure(7, 4.5)
-    flops, nbytes = (max(row["roofs"][key] for row in rows) for key in ("flops", "bytes"))
-    known = [row for row in rows if row["flops"]]
-    intensities = [row["flops"] / row["bytes"] for row in known] + [flops / nbytes]
-    ends = sorted((min(intensities) / 2, flops / nbytes, max(intensities) * 2))
-    axes.plot(
-        ends, [min(flops, nbytes * x) / 1e9 for x in ends], color="black", linewidth=1, label="large matmul, copy"
-    )
-    for peer in ("bare", "peft_ops"):
-        at = [(row["flops"] / row["bytes"], row["flops"] / row["us"][peer] / 1e3) for row in known]
-        axes.plot(*zip(*at, strict=True), "o", color=COLOURS[peer], markersize=4, label=peer)
-    axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="10$^9$ operations / s")
-    axes.legend(fontsize=8, frameon=False)
-    return drawn
-
-
-def draw_tasks(rows: list[dict]):
-    """Time over the bare layer's against the number of tasks in the batch, where a shape has several."""
-    series = {}
-    for row in rows:
-        series.setdefault((row["layer"], row["phase"], row["rows"]), []).append(row)
-    series = {name: known for name, known in series.items() if len(known) > 2}
-    if not series:
-        return None
-    drawn, axes = figure(6, 4)
-    for (layer, phase, count), known in series.items():
-        known = sorted(known, key=lambda row: row["tasks"])
-        for peer in PEERS[1:]:
-            at = [(row["tasks"], row["ratio"][peer][0]) for row in known if peer in row["ratio"]]
-            if at and peer != "peft":  # whose module has one adapter
-                axes.plot(*zip(*at, strict=True), "o-", color=COLOURS[peer], label=f"{peer}, {layer} {phase} {count}")
-    axes.axhline(1, color="black", linestyle="dashed", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tasks in the table", ylabel="time / bare layer's")
-    axes.legend(fontsize=7, frameon=False)
-    return drawn
-
-
-def draw_memory(rows: list[dict]):
-    """Bytes per token that a layer's forward keeps for its backward."""
-    rows = [row for row in rows if "saved" in row]
-    if not rows:
-        return None
-    drawn, axes = figure(8, 1.5 + 0.5 * len(rows))
-    height = 0.8 / len(PEERS)
-    for number, peer in enumerate(PEERS):
-        at = [
-            (y + number * height, row["saved"][peer] / row["rows"])
-            for y, row in enumerate(rows)
-            if peer in row["saved"]
-        ]
-        if at:
-            axes.barh(*zip(*at, strict=True), height=height, color=COLOURS[peer], label=peer)
-    axes.set_yticks([y + 0.4 for y in range(len(rows))], [f"{r['layer']}, {r['rows']} rows" for r in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("bytes kept for backward, per token")
-    axes.legend(fontsize=8, frameon=False)
-    return drawn
-
-
-PLOTS = {"ratios": draw_ratios, "roofline": draw_roofline, "tasks": draw_tasks, "memory": draw_memory}
+def kernel_and_wall(rows: list[dict], table: Callable[[list[dict], str], str]) -> str:
+    """The table, and where there is a GPU's wall time too, a second one."""
+    if not any("wall_us" in row for row in rows):
+        return table(rows, "")
+    kernels, wall = table(rows, ""), table(rows, "wall_")
+    return f"Kernels' time:\n\n{kernels}\n\nWhat a caller waits for, launches and synchronisation included:\n\n{wall}"
 
 
 def write(rows: list[dict], out: Path) -> list[Path]:
-    """operators.jsonl, operators.md, and each plot as SVG and PNG."""
+    """operators.jsonl, operators.md, and each picture as SVG and PNG. Rows without a time stay in the first two."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "operators.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tables = [f"{place(rows)}.\n", ratio_table(rows)]
-    if any("wall_us" in row for row in rows):
-        tables += ["\nWhat a caller waits for, launches and synchronisation included:\n", ratio_table(rows, "wall_")]
-    (out / "operators.md").write_text("\n".join(tables) + "\n")
+    (out / "operators.md").write_text(f"{place(rows)}.\n\n{kernel_and_wall(rows, ratio_table)}\n")
     for name, draw in PLOTS.items():
-        if drawn := draw(rows):
-            svg = out / f"{name}.svg"
-            drawn.savefig(svg, metadata={"Date": None})
-            svg.write_text("".join(line.rstrip() + "\n" for line in svg.read_text().splitlines()))
-            drawn.savefig(out / f"{name}.png", dpi=150)
+        if drawn := draw(timed(rows)):
+            save(drawn, out / name)
     return sorted(out.iterdir())
 
 
@@ -259,8 +228,8 @@ def templates(results: Path) -> str:
     return markdown(["held-out accuracy, %", *header], lines)
 
 
-def task_bank(results: Path) -> str:
-    found, shares = json.loads((results / "cpu/task_bank.json").read_text()), {}
+def bank_hits(found: dict) -> str:
+    shares = {}
     for one in found["zipf"]:
         shares.setdefault(one["exponent"], {})[one["slots"]] = one["on the device"]
     row = 2 * found["numbers per task"]  # bytes; a table has two rows more than slots
@@ -273,23 +242,53 @@ def task_bank(results: Path) -> str:
     return markdown(header, ([f"{e}", *(f"{share:.2f}" for share in known.values())] for e, known in shares.items()))
 
 
-def bank_swaps(results: Path) -> str:
-    found = json.loads((results / "cpu/task_bank.json").read_text())["ms per batch of one task"]
-    times = {name: f"{ms:.2g}" for name, ms in found.items() if not name.startswith("bytes")}
+def bank_swaps(found: dict) -> str:
+    times = {n: f"{ms:.2g}" for n, ms in found["ms per batch of one task"].items() if not n.startswith("bytes")}
     return markdown(["one task's batch", *times], [["ms", *times.values()]])
 
 
-def drop_in(results: Path) -> str:
-    path = results / "cpu/drop_in.json"
-    if not path.exists():
-        return NOT_MEASURED
-    tables = {k: v for k, v in json.loads(path.read_text()).items() if k.endswith("(median, p10, p90)")}
+def drop_in(found: dict) -> str:
+    tables = {k: v for k, v in found.items() if k.endswith("(median, p10, p90)")}
     lines = []
     for title, ratios in tables.items():
         noise = "{1:.3f}-{2:.3f}".format(*ratios[BASELINE_AGAIN])
         over = title.removesuffix(" (median, p10, p90)")
         lines += [[over, n, f"{r[0]:.3f}", noise] for n, r in list(ratios.items())[1:] if n != BASELINE_AGAIN]
-    return markdown(["", "model", "time", "noise"], lines)
+    return f"{place([found])}.\n\n{markdown(['', 'model', 'time', 'noise'], lines)}"
+
+
+def launcher(found: dict) -> str:
+    lines = [
+        [
+            name,
+            f"{us['kernel[grid]']:.1f}",
+            f"{us['launch']:.1f}",
+            f"{us['ratio']:.2f} ({us['low']:.2f}-{us['high']:.2f})",
+        ]
+        for name, us in found["us per launch"].items()
+    ]
+    below = "a driver that does nothing below" if found["device"].startswith("no GPU") else found["device"]
+    table = markdown(["", "`kernel[grid](...)`", "`launch(kernel, grid, ...)`", "ratio"], lines)
+    return f"Triton {found['triton']}, {below}; microseconds.\n\n{table}"
+
+
+def everywhere(file: str, needs: str | tuple[str, ...], table: Callable[[dict], str]) -> Callable[[Path], str]:
+    """A block with the table of that file from every folder: first the CPU's, then each GPU's under its name.
+
+    needs: how a key begins without which there is no table: files are written as parts are measured.
+    """
+
+    def block(results: Path) -> str:
+        parts = {}
+        for folder in (results / "cpu", *gpu_folders(results)):
+            found = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+            parts[folder.name] = table(found) if any(key.startswith(needs) for key in found) else NOT_MEASURED
+        cpu, *gpus = parts.values()
+        if not gpus:
+            return cpu if cpu == NOT_MEASURED else f"{cpu}\n\nOn a GPU: {NOT_MEASURED}"
+        return "\n\n".join([cpu, *(f"{name}:\n\n{text}" for name, text in [*parts.items()][1:])])
+
+    return block
 
 
 def training(results: Path) -> str:
@@ -314,28 +313,74 @@ def overhead(results: Path) -> str:
     )
 
 
-def launcher(results: Path) -> str:
-    path = results / "cpu/launcher.json"
+def native_cpu(results: Path) -> str:
+    """Per kernel and dtype: microseconds, and how many times as long plain PyTorch and PEFT's arithmetic take."""
+    path = results / "cpu/native_cpu.json"
     if not path.exists():
         return NOT_MEASURED
     found = json.loads(path.read_text())
-    lines = [
-        [
-            name,
-            f"{us['kernel[grid]']:.1f}",
-            f"{us['launch']:.1f}",
-            f"{us['ratio']:.2f} ({us['low']:.2f}-{us['high']:.2f})",
-        ]
-        for name, us in found["us per launch"].items()
-    ]
-    place = f"Triton {found['triton']}, a driver that does nothing below; microseconds."
-    return f"{place}\n\n" + markdown(["", "`kernel[grid](...)`", "`launch(kernel, grid, ...)`", "ratio"], lines)
+    parts = [f"{place([found])}; a kernel against itself: {found['A/A'][0]:.2f}-{found['A/A'][1]:.2f}."]
+    if found["malloc"]:
+        parts[0] += f" {', '.join(f'`{name}={value}`' for name, value in found['malloc'].items())}."
+    tables = {}
+    for row in found["cases"]:
+        table = tables.setdefault(row["group"], {})
+        table.setdefault((row["kernel"], row["dtype"]), {})[row["shape"]] = native_cell(row)
+    for group, lines in tables.items():
+        shapes = list(dict.fromkeys(shape for known in lines.values() for shape in known))
+        body = [[*name, *(known.get(shape, "") for shape in shapes)] for name, known in lines.items()]
+        parts.append(markdown([group, "dtype", *shapes], body))
+    return "\n\n".join(parts)
 
 
-def operators(device: str, table: Callable[[list[dict]], str]) -> Callable[[Path], str]:
+def native_cell(row: dict) -> str:
+    """12.3 us, 3.0 (2.7): the reference takes 3.0 times as long, PEFT's arithmetic 2.7 times."""
+    ratio = row["ratio"]
+    theirs = next((f"({r:.2f})" for peer, r in ratio.items() if peer.startswith("peft")), "")
+    ours = f"{ratio['reference']:.2f}" if "reference" in ratio else ""
+    said = f"{row['us']['native']:,.1f} us, {' '.join(filter(None, (ours, theirs)))}"
+    return said.removesuffix(", ") if row["auto"] else f"{said}, not by `auto`"
+
+
+def native_targets(results: Path) -> str:
+    path = results / "cpu/native_cpu.json"
+    cases = json.loads(path.read_text())["cases"] if path.exists() else []
+    lines = []
+    for kernel, dtype, shape, aim in TARGETS:
+        found = [c for c in cases if (c["kernel"], c["dtype"], c["shape"]) == (kernel, dtype, shape)]
+        said = f"{found[0]['ratio']['peft']:.2f}" if found else NOT_MEASURED.rstrip(".")
+        met = ("met" if found[0]["ratio"]["peft"] >= aim else "missed") if found else ""
+        lines.append([f"{kernel}, {dtype}, {shape}", f"{aim:g}", said, met])
+    late = verdict(cases)
+    said = f"{len(late)} slower" if late else "none slower"
+    lines.append(["what `auto` runs natively: never behind", "", said if cases else NOT_MEASURED.rstrip("."), ""])
+    return markdown(["PEFT's arithmetic / native", "at least", "measured", ""], lines)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    path = folder / "operators.jsonl"
+    return read(path) if path.exists() else []
+
+
+def on_cpu(table: Callable[..., str]) -> Callable[[Path], str]:
     def block(results: Path) -> str:
-        path = results / device / "operators.jsonl"
-        return f"{place(rows)}.\n\n{table(rows)}" if path.exists() and (rows := load(path)) else NOT_MEASURED
+        rows = rows_of(results / "cpu")
+        return f"{place(rows)}.\n\n{table(rows)}" if rows else NOT_MEASURED
+
+    return block
+
+
+def on_gpus(table: Callable[..., str], pictures: str | None = None) -> Callable[[Path], str]:
+    """Every GPU's table. pictures: where the page finds bench/results, if it is to show them."""
+
+    def block(results: Path) -> str:
+        parts = []
+        for folder in gpu_folders(results):
+            if rows := rows_of(folder):
+                parts += [f"{place(rows)}.", kernel_and_wall(rows, table)]
+                drawn = [name for name in PLOTS if pictures and (folder / f"{name}.png").exists()]
+                parts += [f"![{name}, {rows[0]['device']}]({pictures}/{folder.name}/{name}.png)" for name in drawn]
+        return "\n\n".join(parts) or NOT_MEASURED
 
     return block
 
@@ -343,16 +388,18 @@ def operators(device: str, table: Callable[[list[dict]], str]) -> Callable[[Path
 BLOCKS = {
     "demo": demo,
     "templates": templates,
-    "task bank": task_bank,
-    "task bank swaps": bank_swaps,
-    "drop-in": drop_in,
+    "task bank": everywhere("task_bank.json", "zipf", bank_hits),
+    "task bank swaps": everywhere("task_bank.json", "ms per batch", bank_swaps),
+    "drop-in": everywhere("drop_in.json", ("forward", "generate"), drop_in),
     "training": training,
     "overhead": overhead,
-    "launcher": launcher,
-    "cpu": operators("cpu", summary_table),
-    "gpu": operators("gpu", summary_table),
-    "cpu shapes": operators("cpu", ratio_table),
-    "gpu shapes": operators("gpu", ratio_table),
+    "launcher": everywhere("launcher.json", "us per launch", launcher),
+    "native cpu": native_cpu,
+    "native cpu targets": native_targets,
+    "cpu": on_cpu(summary_table),
+    "gpu": on_gpus(summary_table),
+    "cpu shapes": on_cpu(ratio_table),
+    "gpu shapes": on_gpus(ratio_table, pictures="../bench/results"),
 }
 
 
@@ -368,7 +415,7 @@ def filled(page: str, results: Path = RESULTS) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="the newest saved run if left out")
-    parser.add_argument("--out", type=Path, help="bench/results/cpu or gpu if left out")
+    parser.add_argument("--out", type=Path, help="bench/results/cpu, or that of the GPU, if left out")
     parser.add_argument("--storage", type=Path, default=STORAGE, help="where the suite saves its runs")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--pages", action="store_true")
@@ -386,10 +433,16 @@ def main() -> None:
         sys.exit(bool(late))
     if args.file is None and not runs:
         parser.error(f"{args.storage} holds no saved run: make bench")
-    rows = load(args.file or runs[-1])
-    if not rows:
-        parser.error(f"{args.file or runs[-1]} holds no times")
-    print(ratio_table(rows), *write(rows, args.out or RESULTS / rows[0]["kind"]), sep="\n")
+    source = args.file or runs[-1]
+    rows = read(source)
+    if not timed(rows):
+        parser.error(f"{source} holds no times")
+    out = args.out or RESULTS / folder_of(rows[0]["kind"], rows[0]["device"])
+    written = write(rows, out)
+    for name in TAKEN:
+        if source.is_dir() and (source / name).exists():
+            written.append(shutil.copy(source / name, out / name))
+    print(ratio_table(rows), *written, sep="\n")
 
 
 if __name__ == "__main__":

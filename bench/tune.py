@@ -10,6 +10,9 @@ than the noise floor: another tile, or "vendor", the vendor's matmul and one ele
 """
 
 import argparse
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -17,10 +20,11 @@ from torch import Tensor
 
 import peft_ops
 from bench import model, offline
-from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare, copies_for
-from bench.shapes import LAYERS, ROWS, VIRTUAL_TOKENS, Layer
+from bench.harness import BASELINE_AGAIN, Journal, Pieces, Ratio, compare, copies_for, is_lost
+from bench.shapes import LAYERS, ORDER, VIRTUAL_TOKENS, Layer
 from peft_ops import reference
 from peft_ops.kernels import tiles
+from peft_ops.ops import ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, task_plan
 from peft_ops.ops.ia3_linear import capability_of
 
 TASKS, SEQUENCE = 8, 512  # prefill and training rows come in sequences of one task, decode rows one by one
@@ -162,9 +166,13 @@ def is_vendors(layer: Layer, M: int, capability: int) -> bool:
 
 
 def candidates(inputs: Inputs, M: int, capability: int) -> dict[str, dict]:
-    """Entries of TUNED to try, by name: each tile of each table that the call asks, and the vendor's matmul."""
+    """Entries of TUNED to try, by name: each tile of each table that the call asks, and the vendor's matmul.
+
+    The call is made without its launches: a kernel that fails must not hide the candidates beside it.
+    """
     vendor = vendor_key(inputs.layer, M, capability)
-    with offline.tuned({vendor: False}) as asked:
+    modules = ia3_glu, ia3_kv_linear, ia3_linear, ia3_scale, task_plan
+    with offline.tuned({vendor: False}) as asked, offline.recorded(*modules):
         apply(peft_ops, inputs)
     found = {
         f"{key[0]} {model.short(tile)}": {vendor: False, key: tile}
@@ -190,11 +198,19 @@ def measure(layer: Layer, M: int, device: torch.device, seconds: float) -> tuple
 
     calls = {NOW: call(tiles.TUNED)}
     for name, entry in entries.items():
-        with offline.tuned(entry):
-            if is_right(first):
-                calls[name] = call(entry)
-            else:
-                print(f"# {layer.name} M={M}: {name} is WRONG and was not timed", flush=True)
+        try:
+            with offline.tuned(entry):
+                right = is_right(first)
+            found = "" if right else "is WRONG"
+        except Exception:
+            found = "FAILED"
+            traceback.print_exc(limit=-2)
+        if found:
+            print(f"# {layer.name} M={M}: {name} {found} and was not timed", flush=True)
+            if is_lost(device):
+                raise RuntimeError(f"{name} took the GPU context with it")
+        else:
+            calls[name] = call(entry)
     return compare(calls, NOW, copies, device, seconds), entries
 
 
@@ -202,10 +218,10 @@ def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dic
     """What to paste into TUNED: the best candidate, if it wins by more than the noise floor."""
     again = ratios[BASELINE_AGAIN]
     floor = max(abs(again.low - 1), abs(again.high - 1))
-    best = min(entries.keys() & ratios.keys(), key=lambda name: ratios[name].ratio)
-    r = ratios[best]
-    if r.ratio >= 1 - floor:
+    best = min(entries.keys() & ratios.keys(), key=lambda name: ratios[name].ratio, default=None)
+    if best is None or ratios[best].ratio >= 1 - floor:
         return []
+    r = ratios[best]
     vendor = next(key for key in entries[best] if key[0].startswith("vendor"))
     needless = {vendor: is_vendors(layer, M, vendor[1])}  # what an untuned table does anyway
     pasted = {key: value for key, value in entries[best].items() if (key, value) not in needless.items()}
@@ -213,13 +229,18 @@ def lines(layer: Layer, M: int, ratios: dict[str, Ratio], entries: dict[str, dic
     return [f"    {key!r}: {value!r},  {note}" for key, value in pasted.items()]
 
 
-def measured_lines(layer: Layer, M: int, device: torch.device, seconds: float) -> list[str]:
-    """Prints every candidate's time, and returns the lines to paste."""
+def measured(layer: Layer, M: int, device: torch.device, seconds: float) -> dict:
+    """The lines to paste, each candidate's microseconds and ratio (median, p10, p90), and what was wrong or failed."""
     with torch.no_grad():
         ratios, entries = measure(layer, M, device, seconds)
     for name, r in sorted(ratios.items(), key=lambda item: item[1].ratio):
         print(f"# {layer.name:24} {M:6} {name:34} {r.seconds * 1e6:9.1f} us {r.ratio:7.3f} ({r.low:.3f}-{r.high:.3f})")
-    return lines(layer, M, ratios, entries)
+    times = {name: [round(v, 4) for v in (1e6 * r.seconds, *r[1:])] for name, r in ratios.items()}
+    return {
+        "lines": lines(layer, M, ratios, entries),
+        "us, ratio, p10, p90": times,
+        "not timed": sorted(entries.keys() - ratios.keys()),
+    }
 
 
 def expectations(layer: Layer, M: int, capability: int) -> list[str]:
@@ -233,14 +254,15 @@ def expectations(layer: Layer, M: int, capability: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", default="", help="only layers whose name contains this")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ORDER))
     parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on one layer and row count")
-    parser.add_argument("--json", help="keep the lines to paste here")
+    parser.add_argument("--json", help="keep the lines to paste, and every candidate's time, here")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, after which no layer is begun")
+    parser.add_argument("--limit", type=float, default=120, help="seconds, after which one layer ends the process")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--sm", type=int, default=90, choices=sorted(tiles.CHIPS), help="for --dry-run")
     args = parser.parse_args()
-    work = [(layer, M) for layer in LAYERS if args.match in layer.name for M in args.rows]
+    work = [(layer, M) for M in args.rows for layer in LAYERS if args.match in layer.name]
     if not work:
         parser.error(f"no layer's name contains {args.match!r}")
     if args.dry_run:
@@ -251,12 +273,28 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         parser.error("no GPU here: --dry-run shows what would be measured")
+    from bench.matrix import environment  # which imports this module
+
     device = torch.device("cuda")
     torch.manual_seed(0)
-    found = Pieces(args.json, {}, resume=True, budget=args.budget)
-    for layer, M in work:
-        found.add(f"{layer.name} {M}", lambda layer=layer, M=M: measured_lines(layer, M, device, args.seconds))
-    print("\n".join(["", "TUNED = {", *(line for lines in found.values() for line in lines), "}"]))
+    found = Pieces(args.json, {"environment": environment()}, resume=True)
+    journal = Journal(Path(args.json).with_suffix(".journal") if args.json else None)
+
+    def piece(layer: Layer, M: int) -> tuple[str, Callable[[], bool]]:
+        name = f"{layer.name} {M}"
+
+        def tuned() -> bool:
+            found.add(name, lambda: measured(layer, M, device, args.seconds))
+            return not found[name]["not timed"]
+
+        return name, tuned
+
+    pieces = [piece(layer, M) for layer, M in work]
+    for name, state in journal.work(pieces, device, budget=args.budget, limit=args.limit, done=found.keys()):
+        if state in ("failed", "left out"):
+            print(f"# {state}: {name}", flush=True)
+    kept = (found[name]["lines"] for name, _ in pieces if name in found)
+    print("\n".join(["", "TUNED = {", *(line for lines in kept for line in lines), "}"]))
 
 
 if __name__ == "__main__":

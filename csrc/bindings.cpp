@@ -4,10 +4,12 @@
 
 STABLE_TORCH_LIBRARY_IMPL(peft_ops_native, CPU, m) {
   m.impl("first_bad_id", TORCH_BOX(&peft_ops::first_bad_id));
+  m.impl("first_bad_offset", TORCH_BOX(&peft_ops::first_bad_offset));
   m.impl("ia3_glu", TORCH_BOX(&peft_ops::ia3_glu));
   m.impl("ia3_glu_backward", TORCH_BOX(&peft_ops::ia3_glu_backward));
   m.impl("ia3_scale", TORCH_BOX(&peft_ops::ia3_scale));
   m.impl("ia3_scale_backward", TORCH_BOX(&peft_ops::ia3_scale_backward));
+  m.impl("packed_layout", TORCH_BOX(&peft_ops::packed_layout));
   m.impl("prompt_concat", TORCH_BOX(&peft_ops::prompt_concat));
   m.impl("prompt_concat_backward", TORCH_BOX(&peft_ops::prompt_concat_backward));
   m.impl("prompt_concat_packed", TORCH_BOX(&peft_ops::prompt_concat_packed));

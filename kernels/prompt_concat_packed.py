@@ -57,14 +57,17 @@ def prompt_concat_packed_kernel(
     tokens_ptr, table_ptr, prompts_ptr, labels_ptr, cu_seqlens_ptr, layout_ptr,
     out_ptr, positions_ptr, out_labels_ptr, token_map_ptr,
     num_rows, B, P, E, V, half,
-    HAS_TABLE: tl.constexpr, HAS_LABELS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
+    scale,
+    HAS_TABLE: tl.constexpr, HAS_LABELS: tl.constexpr, SCALES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """out[r] = prompts[t(b), .] or table[tokens[.]] (or tokens[.] itself), 0 in the tail, NaN at a bad id; b the last
     sequence with cu_seqlens[b] <= r, found by bisection from `half`, the largest power of two up to B
     tokens: [total] ids, or [total, E]   table: [V, E]   prompts: [num_tasks, P, E]   labels: [total]
     cu_seqlens: [B + 1], of out   layout: [B + 1, 4]   out: [num_rows, E]   positions, out_labels, token_map: [num_rows]
-    One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked loads, no branch: a lane that is off costs no traffic, the
-    rows of a tile overlap, and both loads stay 16 bytes wide (a select between the two addresses makes them 2 bytes).
+    SCALES: table rows times scale, in fp32. One program per [BLOCK_ROWS, BLOCK_E] tile. Two masked loads, no branch: a
+    lane that is off costs no traffic, the rows of a tile overlap, and both loads stay 16 bytes wide (a select between
+    the two addresses makes them 2 bytes).
     """
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -108,6 +111,8 @@ def prompt_concat_packed_kernel(
     token = tl.load(
         source_ptr + source_row[:, None] * E + offs_e[None, :], mask=is_token[:, None] & mask_e, other=other
     )
+    if SCALES:
+        token = (token.to(tl.float32) * scale).to(out_ptr.dtype.element_ty)
     value = tl.where(is_prompt[:, None], prompt.to(out_ptr.dtype.element_ty), token)
     out = r[:, None] * E + offs_e[None, :]
     tl.store(out_ptr + out, value, mask=live[:, None] & mask_e, eviction_policy="evict_first")

@@ -27,8 +27,14 @@ def check_tensor(op: str, arg: str, t, *, dtypes: tuple, dim: int | None = None,
         raise TypeError(f"{op}: {arg} must have dtype {names}, got {str(t.dtype).removeprefix('torch.')}")
     if dim is not None and t.dim() != dim:
         raise ValueError(f"{op}: {arg} must have {dim} dimension{'s' * (dim != 1)}, got shape {shape(t)}")
-    if like is not None and t.device != like.device:
+    # a device is made anew each time it is asked for, is_cpu is not
+    if like is not None and not (t.is_cpu and like.is_cpu) and t.device != like.device:
         raise ValueError(f"{op}: {arg} must be on {like.device}, as the other arguments are, got {t.device}")
+
+
+def check_bool(op: str, arg: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {arg} must be a bool, got {type(value).__name__}")
 
 
 def check_activation(op: str, activation) -> None:
@@ -135,6 +141,22 @@ def check_tokens(
     return input_ids, embedding
 
 
+def check_embed_scale(op: str, embed_scale) -> None:
+    if not isinstance(embed_scale, (float, int)):
+        raise TypeError(f"{op}: embed_scale must be a number, got {type(embed_scale).__name__}")
+
+
+def check_length(op: str, max_position_embeddings, what: str, *sizes: int) -> None:
+    """A sequence of sum(sizes) slots, `what` they are, in a model of so many positions; None: no limit."""
+    if max_position_embeddings is None:
+        return
+    if not isinstance(max_position_embeddings, (int, torch.SymInt)) or isinstance(max_position_embeddings, bool):
+        raise TypeError(f"{op}: max_position_embeddings must be an int, got {type(max_position_embeddings).__name__}")
+    if sum(sizes) > max_position_embeddings:
+        what = f"{what} = {' + '.join(map(str, sizes))}"  # not before: a size that is traced would be fixed by it
+        raise ValueError(f"{op}: max_position_embeddings must be at least {what}, got {max_position_embeddings}")
+
+
 def check_added(
     op: str,
     tokens: Tensor,
@@ -148,8 +170,7 @@ def check_added(
     position_ids=None,
 ) -> None:
     """What goes onto the embeddings of tokens [B, S] or [B, S, E]."""
-    if not isinstance(embed_scale, (float, int)):
-        raise TypeError(f"{op}: embed_scale must be a number, got {type(embed_scale).__name__}")
+    check_embed_scale(op, embed_scale)
     if not isinstance(position_offset, int):
         raise TypeError(f"{op}: position_offset must be an int, got {type(position_offset).__name__}")
     if position_offset != 0 and position_embedding is None:
@@ -177,9 +198,10 @@ def check_ids_in_range(op: str, ids: Tensor | None, end: int, arg: str = "task_i
     """
     if ids is None or ids.numel() == 0 or ((ids.is_cuda or INTERPRET) and not DEBUG):
         return
-    ids = ids.reshape(-1)
-    if has_native() and not ids.is_cuda and end > low:
-        at = native.first_bad_id(ids if low == -1 else ids - (low + 1), end - low - 1)
+    if ids.dim() != 1:
+        ids = ids.reshape(-1)
+    if has_native() and not ids.is_cuda:
+        at = native.first_bad_id.default(ids, low, end)
     else:
         bad = (ids < low) | (ids >= end)
         at = int(bad.to(torch.uint8).argmax()) if bool(bad.any()) else -1

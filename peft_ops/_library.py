@@ -38,7 +38,7 @@ SCHEMAS = {
     " Tensor? token_type_ids, SymInt position_offset, float embed_scale) -> (Tensor, Tensor)",
     "prompt_embed_backward": "(Tensor dout, Tensor rows, SymInt num_tasks, SymInt P) -> Tensor",
     "prompt_concat_packed": "(Tensor tokens, Tensor cu_seqlens, Tensor? embedding, Tensor prompts, Tensor? task_ids,"
-    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, bool after_bos)"
+    " Tensor? prompt_lengths, Tensor? labels, SymInt max_seqlen, SymInt num_rows, float embed_scale, bool after_bos)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, SymInt num_tasks, SymInt P)"
     " -> Tensor",
@@ -46,7 +46,8 @@ SCHEMAS = {
 # csrc/cpu implements these, csrc/cuda those of CUDA_OPS.
 # x, dy, z, gate, up, dh: [M, N], last dimension contiguous, or [..., N], contiguous; task_ids: [G], G dividing M
 NATIVE_SCHEMAS = {
-    "first_bad_id": "(Tensor task_ids, int num_tasks) -> int",
+    "first_bad_id": "(Tensor ids, int low, int end) -> int",
+    "first_bad_offset": "(Tensor cu_seqlens, int total, int max_seqlen) -> int",
     "ia3_glu": "(Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation) -> Tensor",
     "ia3_glu_backward": "(Tensor dh, Tensor gate, Tensor up, Tensor ia3_l, Tensor? task_ids, str? activation,"
     " bool need_dx, bool need_dl) -> (Tensor, Tensor, Tensor)",
@@ -58,8 +59,10 @@ NATIVE_SCHEMAS = {
     "prompt_concat": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, float scale, Tensor? types,"
     " Tensor? type_embedding, Tensor? positions, Tensor? position_embedding) -> Tensor",
     "prompt_concat_backward": "(Tensor dout, Tensor layout, int num_tasks, int P) -> Tensor",
+    "packed_layout": "(Tensor tokens, Tensor cu_seqlens, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
+    " Tensor? labels, int num_rows, bool after_bos) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "prompt_concat_packed": "(Tensor tokens, Tensor? embedding, Tensor prompts, Tensor layout, Tensor cu_seqlens,"
-    " int num_rows) -> Tensor",
+    " int num_rows, float scale) -> Tensor",
     "prompt_concat_packed_backward": "(Tensor dout, Tensor layout, Tensor cu_seqlens, int num_tasks, int P) -> Tensor",
     "prompt_embed": "(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor? task_ids, Tensor? prompt_lengths,"
     " float scale, Tensor? types, Tensor? type_embedding, Tensor? positions, Tensor? position_embedding)"
@@ -117,7 +120,7 @@ def use_native(op: str, x: Tensor, fused: bool = True, numel: int | None = None)
         return backend == "native"
     if device == "cuda":
         return native_wins_on_cuda(op, x.numel() if numel is None else numel)
-    return not INTERPRET and native_wins(op, x.dtype, x.numel(), fused)
+    return not INTERPRET and native_wins(op, x.dtype, fused)
 
 
 # Names under torch._C are private: where one is missing, the slower public road is taken.

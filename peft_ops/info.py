@@ -16,7 +16,7 @@ from peft_ops._native_rule import CUDA_OPS, CUDA_WINS, native_wins
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "numpy")
 VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if op != "first_bad_id")
+NATIVE_OPS = tuple(op for op in NATIVE_SCHEMAS if not op.startswith("first_bad_"))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -53,21 +53,9 @@ def why_absent() -> str:
 
 
 def cpu_rule(op: str) -> str:
-    """What `auto` runs on CPU tensors, read off the rule at powers of two."""
-    parts = []
-    for dtype in DTYPES:
-        wins = [size for size in (1 << k for k in range(27)) if native_wins(op, dtype, size)]
-        losses = [size for size in (1 << k for k in range(27)) if size not in wins]
-        name = str(dtype).removeprefix("torch.")
-        if not wins:
-            parts.append(f"{name} plain PyTorch")
-        elif not losses:
-            parts.append(f"{name} native")
-        else:
-            first, last = (wins[0], wins[-1])
-            reach = f"from {first} elements" if last > losses[-1] else f"up to {last} elements"
-            parts.append(f"{name} native {reach}, else plain PyTorch")
-    return "; ".join(parts)
+    """What `auto` runs on CPU tensors."""
+    alone = [str(d).removeprefix("torch.") for d in DTYPES if not native_wins(op, d, fused=False)]
+    return "native" + (f", but plain PyTorch for {', '.join(alone)} with one vector" if alone else "")
 
 
 def gpu_backend() -> str:

@@ -315,7 +315,7 @@ def prompt_concat(
     inputs_embeds: Tensor | None = None,
     padding_side: str = "right",
     after_bos: bool = False,
-    embed_scale: float = 1.0,
+    embed_scale: float = 1,
     position_embedding: Tensor | None = None,
     position_offset: int = 0,
     token_type_embedding: Tensor | None = None,
@@ -508,12 +508,13 @@ def prompt_embed(
     task_ids: Tensor | None = None,
     *,
     prompt_lengths: Tensor | None = None,
-    embed_scale: float = 1.0,
+    embed_scale: float = 1,
     position_embedding: Tensor | None = None,
     position_ids: Tensor | None = None,
     position_offset: int = 0,
     token_type_embedding: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    max_position_embeddings: int | None = None,  # a check of the public operator
 ) -> Tensor:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     rows = embed_rows(input_ids, embedding.shape[0], task_ids, prompt_lengths, *prompts.shape[:2])
@@ -611,6 +612,8 @@ def prompt_concat_packed(
     labels: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     after_bos: bool = False,
+    embed_scale: float = 1,
+    max_position_embeddings: int | None = None,  # a check of the public operator
 ) -> PackedPromptBatch:
     prompts = prompts[None] if prompts.dim() == 2 else prompts
     tokens = inputs_embeds if input_ids is None else input_ids
@@ -618,7 +621,7 @@ def prompt_concat_packed(
     num_rows = total + (cu_seqlens.shape[0] - 1) * P if num_rows is None else num_rows
     layout, cu_seqlens = packed_layout(cu_seqlens, task_ids, prompt_lengths, (total, num_tasks, P, num_rows), after_bos)
     rows = packed_rows(layout, cu_seqlens, num_rows)
-    out = packed_embeddings(tokens, None if input_ids is None else embedding, prompts, rows)
+    out = packed_embeddings(tokens, None if input_ids is None else embedding, prompts, rows, embed_scale)
     positions, labels, token_map = packed_metadata(labels, rows)
     return PackedPromptBatch(out, cu_seqlens, max_seqlen + P, positions, labels, token_map)
 
@@ -678,7 +681,9 @@ def packed_rows(layout: Tensor, cu_seqlens: Tensor, num_rows: int) -> PackedRows
     return PackedRows(torch.where(covered, slot, 0).long(), task, is_prompt, p, source)
 
 
-def packed_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor, rows: PackedRows) -> Tensor:
+def packed_embeddings(
+    tokens: Tensor, embedding: Tensor | None, prompts: Tensor, rows: PackedRows, embed_scale: float = 1.0
+) -> Tensor:
     """[num_rows, E] from ids [total] and a table, or from embeddings [total, E]."""
     num_tasks, P, E = prompts.shape
     bad = rows.task == BAD
@@ -689,6 +694,7 @@ def packed_embeddings(tokens: Tensor, embedding: Tensor | None, prompts: Tensor,
         known = (taken >= 0) & (taken < V)
         bad, is_token = bad | (is_token & ~known), is_token & known
         taken = F.embedding(taken.clamp(0, V - 1), embedding) if V else embedding.new_zeros(taken.shape[0], E)
+        taken = scaled(taken, embed_scale, embedding.dtype)
     out = torch.where(is_token[:, None], taken, torch.where(bad, float("nan"), 0.0).to(taken.dtype)[:, None])
     if num_tasks and P:
         row = rows.task.clamp(min=0) * P + rows.prompt_row.clamp(0, P - 1)

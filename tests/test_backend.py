@@ -27,9 +27,12 @@ def unchanged():
     assert after == before
 
 
+VARIABLES = ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET", "OMP_NUM_THREADS")  # info shows them
+
+
 def run(code, **env):
     """A process of its own, for what is decided at import; its standard output."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PEFT_OPS_BACKEND", "PEFT_OPS_DEBUG", "TRITON_INTERPRET")}
+    clean = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     command = [sys.executable, "-c", code]
     return subprocess.run(
         command, capture_output=True, text=True, env=clean | {"PYTHONPATH": str(ROOT)} | env, cwd=ROOT

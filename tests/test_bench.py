@@ -1,18 +1,21 @@
 """Launch parameters, the cost model that argues for them, the tools that measure them, and what is made of results."""
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
 
 import peft_ops
-from bench import gpu_check, matrix, model, overhead, report, task_bank, tune
-from bench.harness import BASELINE_AGAIN, Pieces, Ratio, compare
+from bench import gpu_check, harness, matrix, model, overhead, report, task_bank, tune
+from bench.harness import BASELINE_AGAIN, LOST, TRIES, Journal, Pieces, Ratio, compare
 from bench.shapes import CASES, CPU_CASES, LAYERS, QUICK_CASES, QUICK_LAYERS, ROWS, Case, Layer
 from peft_ops.kernels import tiles
 from tests.conftest import DEVICE, KERNELS
@@ -100,6 +103,30 @@ def test_compare_finds_the_slower_one():
     assert 0.5 < found[BASELINE_AGAIN].ratio < 2 and found["once"].ratio == 1
 
 
+def test_long_calls_take_few_rounds():
+    """What takes its second per call would otherwise take minutes, whatever time was granted."""
+    calls = {name: lambda i: time.sleep(0.02) for name in ("one", "other")}
+    begin = time.perf_counter()
+    compare(calls, "one", 1, torch.device("cpu"), seconds=0.01)
+    warm, rounds = 2 * 4, harness.FEWEST * 2 * 4
+    assert time.perf_counter() - begin < 0.02 * (warm + rounds) + 0.5
+
+
+def test_graphs_are_as_long_as_a_clock_needs():
+    assert harness.rotations(once=30e-3, copies=2) == 1, "two calls of 30 ms, not 32"
+    assert harness.rotations(once=5e-6, copies=3) == 11 and harness.rotations(once=5e-6, copies=64) == 1
+    assert harness.rotations(once=0.0, copies=1) == harness.CALLS
+
+
+def test_small_buffers_are_said_to_be_hot(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(harness, "_cache", lambda device: 50 << 20)
+    assert harness.copies_for(4 << 20, device) == 38 and not harness.is_hot(4 << 20, device)
+    assert harness.copies_for(8192, device) == harness.MOST_COPIES and harness.is_hot(8192, device)
+    assert harness.copies_for(1 << 30, device) == 2 and not harness.is_hot(1 << 30, device)
+    assert harness.copies_for(8192, torch.device("cpu")) == 1 and not harness.is_hot(8192, torch.device("cpu"))
+
+
 def test_lines_to_paste(tuned):
     """Only a candidate that wins by more than the noise floor is printed, and what is printed can be pasted."""
     layer, M = Layer("T0-3B", "kv", 2048, 2048), 8192
@@ -154,9 +181,45 @@ def test_tune_leaves_out_what_is_wrong(tuned, monkeypatch, capsys):
     """The check before the clock must see a kernel that computes something else."""
     right = tune.peft_ops.ia3_linear
     monkeypatch.setattr(tune.peft_ops, "ia3_linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.05)
+    layer = Layer("tiny", "linear", 64, 128)
     with torch.no_grad():
-        ratios, entries = tune.measure(Layer("tiny", "linear", 64, 128), 8, torch.device(DEVICE), seconds=0.01)
+        ratios, entries = tune.measure(layer, 8, torch.device(DEVICE), seconds=0.01)
     assert not entries.keys() & ratios.keys() and "WRONG" in capsys.readouterr().out
+    assert tune.lines(layer, 8, ratios, entries) == []
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_tune_goes_on_after_a_candidate_that_fails(tuned, monkeypatch, capsys):
+    layer, right = Layer("tiny", "linear", 64, 1024), tune.peft_ops.ia3_linear
+
+    def fails(*args, **kwargs):
+        if any(value == {**value, "SPLIT": 2} for value in tiles.TUNED.values() if isinstance(value, dict)):
+            raise RuntimeError("out of resources")
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(tune.peft_ops, "ia3_linear", fails)
+    found = tune.measured(layer, 8, torch.device(DEVICE), seconds=0.01)
+    assert found["not timed"] and all("split 2" in name for name in found["not timed"])
+    times = found["us, ratio, p10, p90"]
+    assert {"vendor", tune.NOW, BASELINE_AGAIN} < times.keys() and all(len(v) == 4 for v in times.values())
+    assert "FAILED" in capsys.readouterr().out
+    monkeypatch.setattr(tune, "is_lost", lambda device: True)
+    with pytest.raises(RuntimeError, match="split 2 took the GPU context with it"):
+        tune.measured(layer, 8, torch.device(DEVICE), seconds=0.01)
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_candidates_are_asked_without_a_launch(tuned, monkeypatch):
+    """A kernel that fails hides neither its own name nor the others."""
+    inputs = tune.Inputs(Layer("tiny", "kv", 32, 128), 8, torch.device(DEVICE), torch.bfloat16)
+    want = tune.candidates(inputs, 8, SM90).keys()
+    import triton
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", None)
+    monkeypatch.setattr(triton.runtime.interpreter.InterpretedFunction, "run", None)
+    assert tune.candidates(inputs, 8, SM90).keys() == want and len(want) > 1
 
 
 def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -173,7 +236,8 @@ def test_matrix_goes_on_where_it_stopped(tmp_path, monkeypatch):
     code, rows = run()
     cases = [("tiny feedforward", "decode", 16), ("tiny feedforward", "train", 128)]
     assert code == 0 and [(r["layer"], r["phase"], r["rows"]) for r in rows] == cases
-    assert {"bare", "peft_ops", "ft_style", "eager", "peft", BASELINE_AGAIN} <= rows[0]["ratio"].keys()
+    assert {"bare", "peft_ops", "ft_style", "eager", BASELINE_AGAIN} <= rows[0]["ratio"].keys()
+    assert ("peft" in rows[0]["ratio"]) == matrix._installed("peft")
     assert [r["flops"] for r in rows] == [2 * 16 * 64 * 128, 2 * 2 * 128 * 64 * 128], "backward is as much again"
     assert rows[0]["torch"] == torch.__version__ and rows[0]["roofs"]["bytes"] > 1e8
     out.write_text("\n".join(json.dumps(r) for r in rows[:1]) + "\n")
@@ -189,11 +253,72 @@ def test_matrix_goes_on_after_a_peer_that_fails(tmp_path, monkeypatch):
     out = tmp_path / "matrix.jsonl"
     monkeypatch.setattr(matrix, "eager", fails)
     monkeypatch.setattr("sys.argv", ["matrix", str(out), "--quick", "--match", "tiny scale"])
-    with pytest.raises(SystemExit) as end:
-        matrix.main()
-    decode, train = map(json.loads, out.read_text().splitlines())
-    assert end.value.code == 1 and "us" in decode and train["failed"] and "us" not in train
+
+    def run() -> list[dict]:
+        with pytest.raises(SystemExit) as end:
+            matrix.main()
+        assert end.value.code == 1, "what failed is not forgotten"
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    decode, train = run()
+    assert "us" in decode and train["failed"] and "us" not in train
     assert report.load(out) == [decode]
+    assert len(run()) == TRIES + 1 and len(run()) == TRIES + 1, "once more, and no further time"
+
+
+def test_matrix_leaves_with_the_gpu_context(tmp_path, monkeypatch):
+    """After an illegal access nothing says anything of the other shapes: none of them is marked."""
+
+    def fails(inputs):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    class Left(BaseException):
+        pass
+
+    def leave(why):
+        raise Left(why)
+
+    out = tmp_path / "matrix.jsonl"
+    monkeypatch.setattr(matrix, "eager", fails)
+    monkeypatch.setattr(harness, "is_lost", lambda device: True)
+    monkeypatch.setattr(harness, "leave", leave)
+    monkeypatch.setattr("sys.argv", ["matrix", str(out), "--quick", "--match", "tiny scale"])
+    with pytest.raises(Left, match="tiny scale decode"):
+        matrix.main()
+    assert not out.exists() and Journal(out.with_suffix(".journal")).begun.total() == 1
+    with pytest.raises(Left, match="tiny scale train"):
+        matrix.main()
+
+
+def test_environment_says_what_the_gpu_was_found_as(monkeypatch):
+    found = {
+        "nvidia-smi": "580.1, 1980 MHz, 3201 MHz, 1980 MHz, 120.5 W, 700.00 W, 35",
+        "git": "",
+    }
+    monkeypatch.setattr(matrix, "_said", lambda command: found[command[0]])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setenv("COMMIT", "abc1234")
+    place = matrix.environment()
+    assert place["commit"] == "abc1234" and place["device"] == "a GPU"
+    assert place["nvidia-smi"]["power.limit"] == "700.00 W" and place["nvidia-smi"]["clocks.sm"] == "1980 MHz"
+    found["nvidia-smi"] = ""
+    assert matrix.environment()["nvidia-smi"] == {}
+    monkeypatch.undo()
+    assert matrix._said(["no such program"]) == matrix._said(["false"]) == ""
+
+
+def test_native_is_a_peer_only_where_cuda_has_a_kernel(monkeypatch):
+    """Elsewhere the row would time plain PyTorch under that name."""
+    monkeypatch.setattr(matrix, "has_native", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(peft_ops, "plan_tasks", lambda ids, rows, tasks: ids)
+    for layer in QUICK_LAYERS:
+        for trains in (False, True):
+            inputs = tune.Inputs(layer, 32, torch.device("cpu"), torch.bfloat16, sequence=32)
+            inputs.trains = trains
+            has = "native" in matrix.peers([inputs], with_compile=False)
+            assert has == (layer.op in ("linear", "kv", "feedforward", "scale", "concat") and not trains), layer.op
 
 
 TINY = Case(Layer("tiny", "scale", 64), "train", 64, sequence=16)
@@ -349,44 +474,6 @@ def test_compare_wants_something_to_compare(store):
         report.slower(store(1, saved_run()), store(2, other))
 
 
-@pytest.mark.parametrize("page", report.PAGES)
-def test_tables_come_from_committed_results(page, tmp_path):
-    text = (ROOT / page).read_text()
-    assert report.filled(text) == text, "python -m bench.report --pages, and commit what it changes"
-    outside = re.sub(r"<!-- results: .*?<!-- end -->", "", text, flags=re.S)
-    measured = [line for line in outside.splitlines() if line.startswith("|") and re.search(r"\d\.\d", line)]
-    assert not measured, "numbers that no result file holds"
-    names = re.findall(r"<!-- results: ([\w -]+) -->", text)
-    assert names and text.count("<!-- end -->") == len(names) and set(names) <= report.BLOCKS.keys()
-
-
-@pytest.mark.parametrize("page", report.PAGES)
-def test_another_digit_in_a_table_is_seen(page):
-    text, seen = (ROOT / page).read_text(), 0
-    for block in re.finditer(r"<!-- results: .*?<!-- end -->", text, flags=re.S):
-        for digit in re.finditer(r"(?<=[ .])\d(?=.*\|\n)", block[0]):
-            at = block.start() + digit.start()
-            changed = text[:at] + str(9 - int(text[at])) + text[at + 1 :]
-            assert report.filled(changed) != changed, changed[at - 20 : at + 20]
-            seen += 1
-    assert seen > (100 if page == "README.md" else 5)
-
-
-def test_pages_follow_the_results(tmp_path, store):
-    """Another number in a file is another number in the page, and what was not measured is not printed."""
-    shutil.copytree(report.RESULTS, tmp_path / "results")
-    page = "<!-- results: training -->\n\nold\n\n<!-- end -->\n<!-- results: gpu -->\n\n1.5\n\n<!-- end -->"
-    before = report.filled(page, tmp_path / "results")
-    assert "139,528" in before and "old" not in before
-    assert before.endswith("<!-- results: gpu -->\n\nNot measured yet.\n\n<!-- end -->")
-    path = tmp_path / "results/cpu/training.json"
-    path.write_text(path.read_text().replace("139528", "139529"))
-    rows = report.load(store(1, saved_run(device="a GPU")))
-    report.write(rows, tmp_path / "results/gpu")
-    after = report.filled(page, tmp_path / "results")
-    assert "139,529" in after and "a GPU, 2 threads, PyTorch 2.13.0, commit abc." in after and "1.12 (1.25)" in after
-
-
 def test_overhead_is_of_the_same_call():
     found = overhead.cases(gradients=False)
     assert {name.split(",")[0] for name in found} == public_operators().keys()
@@ -414,6 +501,131 @@ def test_pieces_go_on_where_they_stopped(tmp_path, capsys):
     again = Pieces(path, {})
     again.add("a", lambda: 4)
     assert json.loads((tmp_path / "found.json").read_text()) == {"a": 4}
+
+
+def test_journal_puts_last_what_did_not_end(tmp_path, capsys):
+    path, device, done = tmp_path / "found.journal", torch.device("cpu"), []
+
+    def piece(name, outcome=True):
+        def run():
+            done.append(name)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome
+
+        return name, run
+
+    class Killed(BaseException):
+        pass
+
+    pieces = [piece("a"), piece("kills", Killed()), piece("wrong", False), piece("fails", ValueError()), piece("b")]
+
+    def work(**more):
+        done.clear()
+        return dict(Journal(path).work(pieces, device, **more))
+
+    with pytest.raises(Killed):
+        work()
+    assert done == ["a", "kills"]
+    with pytest.raises(Killed):
+        work()
+    assert done == ["wrong", "fails", "b", "kills"], "first what was not tried yet"
+    assert work() == {"kills": "left out", "wrong": "wrong", "fails": "failed"}
+    assert work() == {"kills": "left out", "wrong": "left out", "fails": "left out"} and not done
+    assert "after 2 tries it never ended: kills" in capsys.readouterr().out
+    assert Journal(path).right() == {"a", "b"}
+
+
+def test_journal_asks_for_nothing_once_the_budget_is_spent(capsys):
+    """Another piece's inputs would be built, and its kernels compiled, to be left out."""
+
+    def pieces():
+        yield "first", lambda: True
+        raise AssertionError("asked for another")
+
+    assert not list(Journal(None).work(pieces(), torch.device("cpu"), budget=-1))
+    assert "the budget is spent" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_no_try(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    path = tmp_path / "found.journal"
+    for _ in range(TRIES + 1):
+        with pytest.raises(KeyboardInterrupt):
+            list(Journal(path).work([("slow", interrupted)], torch.device("cpu")))
+    assert list(Journal(path).work([("slow", lambda: True)], torch.device("cpu"))) == [("slow", "right")]
+
+
+def test_a_piece_that_hangs_ends_its_process(tmp_path):
+    script = (
+        "import sys, time, torch, pathlib; from bench.harness import Journal\n"
+        "pieces = [('hangs', lambda: time.sleep(60)), ('b', lambda: True)]\n"
+        "journal = Journal(pathlib.Path(sys.argv[1]))\n"
+        "print(list(journal.work(pieces, torch.device('cpu'), limit=0.2)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "found.journal")]
+    first, second = (run_outside(command) for _ in range(2))
+    assert first.returncode == LOST and "hangs did not end within 0.2 s" in first.stdout
+    assert second.returncode == LOST and Journal(tmp_path / "found.journal").right() == {"b"}
+
+
+def test_gpu_check_tells_nan_infinity_and_the_largest_number_apart(monkeypatch):
+    """In fp16 a number that stands in for NaN beyond 65504 is infinity, and infinity then stands for 65504."""
+    device = torch.device("cpu")
+    checks, right = dict(gpu_check.native_kernels((3,), device)), peft_ops.ia3_scale
+    fill = {"native": float("nan"), "reference": float("nan")}
+    monkeypatch.setattr(
+        peft_ops, "ia3_scale", lambda *args: right(*args).index_fill(0, torch.tensor([1]), fill[peft_ops.get_backend()])
+    )
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, device: torch.zeros(size, dtype=torch.int64))
+    assert checks["native M=3 N=64 float16"]()
+    for fill["native"], fill["reference"] in itertools.permutations((float("nan"), float("inf"), 65504.0), 2):
+        assert not checks["native M=3 N=64 float16"](), fill
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_gpu_check_begins_with_what_tells_most(monkeypatch):
+    """Every operator, then what only a GPU shows, before any table entry; each check once."""
+    monkeypatch.setattr(gpu_check, "only_on_a_gpu", lambda *args: iter([("streams and graphs", bool)]))
+    device = torch.device(DEVICE)
+    names = [name for name, _ in gpu_check.once(gpu_check.checks(device, small=True))]
+    first = [name for name, _ in gpu_check.first_checks(device, small=True)]
+    assert names[: len(first)] == first and len(set(names)) == len(names) and first[-1] == "streams and graphs"
+    assert all(name in first for name in ("small kv M=16 bfloat16", "small glu M=512 bfloat16 with gradients"))
+    assert {layer.op for layer in gpu_check.FIRST} == {"kv", "glu", "linear", "feedforward", "scale", "gate"}
+
+
+def test_gpu_check_leaves_graphs_out_without_an_allocator(monkeypatch):
+    def named():
+        found = gpu_check.only_on_a_gpu([Layer("tiny", "kv", 32, 64)], (8,), torch.device("cuda"), True)
+        return [name.split("M=8 ")[1] for name, _ in found]
+
+    assert named() == ["repeats", "side streams", "graph", "no sync"]
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    assert named() == ["repeats", "side streams", "no sync"]
+
+
+@pytest.mark.kernels
+@needs_kernels
+def test_gpu_check_asks_every_key(tuned, monkeypatch):
+    """Every tunable function, with each of its flags, is asked by some form of call."""
+    asked, candidates = set(), tune.offline.candidates
+    for module in (tiles, *(ops.tiles for ops in (tune.ia3_linear, tune.ia3_kv_linear, tune.ia3_glu))):
+        monkeypatch.setattr(module, "linear_is_small", lambda M, N, capability: M <= tiles.SMALL_M)
+    monkeypatch.setattr(tune.offline, "candidates", lambda key: asked.add((key[0], *key[5:])) or candidates(key))
+    with torch.no_grad():
+        for _ in gpu_check.checks(torch.device(DEVICE), small=True):
+            pass
+    names = {key[0] for key in asked}
+    assert names == {name for name, value in vars(tiles).items() if hasattr(value, "candidates")}
+    flags = {(key[0], flag) for key in asked for flag in key[1:]}
+    fp32 = {("linear_vector", "fp32")}  # a GPU's fp32 is the vendor's
+    assert flags | fp32 == {
+        (name, flag) for name in names for flag in getattr(tiles, name).candidates.__kwdefaults__ or ()
+    }
 
 
 def test_gpu_check_knows_all_that_prompts_come_with(monkeypatch):
@@ -453,19 +665,124 @@ def test_suite_walks_its_path(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = report.saved_runs(tmp_path)
     linear, concat = report.load(run)
-    assert linear["ratio"].keys() == {"bare", "peft_ops", "ft_style", "eager", "peft", BASELINE_AGAIN}
+    assert linear["ratio"].keys() - {"peft"} == {"bare", "peft_ops", "ft_style", "eager", BASELINE_AGAIN}
     assert concat["us"].keys() == {"bare", "peft_ops", "eager"} and concat["phase"] == "train" and concat["saved"]
     assert linear["flops"] == 2 * 16 * 64 * 128 and linear["torch"] == torch.__version__
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-def test_gpu_script_reports_what_there_is(tmp_path, store):
-    report.write(report.load(store(1, saved_run())), tmp_path)
-    (tmp_path / "operators.jsonl").rename(tmp_path / "matrix.jsonl")
-    done = run_outside(["bash", "bench/gpu.sh", str(tmp_path), "report", "nothing"], PYTHON=sys.executable)
-    assert "T0-3B kv" in (tmp_path / "report/matrix/operators.md").read_text(), done.stdout + done.stderr
-    assert (tmp_path / "parts.txt").read_text().startswith("report-matrix status=0")
+@pytest.fixture
+def gpu_script(tmp_path):
+    """bench/gpu.sh into a folder, with a stand-in for Python that says what it was called with, if one is given."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+
+    def run(*parts: str, fake: str | None = None, **env: str) -> subprocess.CompletedProcess:
+        python = sys.executable
+        if fake is not None:
+            python = str(tmp_path / "python")
+            (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{fake}\n")
+            (tmp_path / "python").chmod(0o755)
+        return run_outside(["bash", "bench/gpu.sh", str(tmp_path / "out"), *parts], PYTHON=python, **env)
+
+    run.out = tmp_path / "out"
+    return run
+
+
+def kept(out) -> dict[str, str]:
+    with tarfile.open(out / "results.tgz") as archive:
+        return {m.name.removeprefix("./"): archive.extractfile(m).read().decode() for m in archive if m.isfile()}
+
+
+def test_gpu_script_reports_what_there_is(gpu_script, tmp_path, store):
+    pytest.importorskip("matplotlib")
+    report.write(report.load(store(1, saved_run())), tmp_path / "earlier")
+    (tmp_path / "earlier/operators.jsonl").rename(tmp_path / "earlier/matrix.jsonl")
+    done = gpu_script("report", "nothing", EARLIER=str(tmp_path / "earlier"))
+    assert "T0-3B kv" in (gpu_script.out / "operators.md").read_text(), done.stdout + done.stderr
+    assert (gpu_script.out / "parts.txt").read_text().startswith("report status=0")
     assert done.returncode == 2 and "no part named nothing" in done.stdout
+    assert len(list(gpu_script.out.iterdir())) <= 8, "few to look at, and to bring home"
+
+
+CPU = 'case "$*" in *is_available*) echo 0; exit ;; esac; '
+GPU = 'case "$*" in *is_available*) echo 1; exit ;; *capability*) echo 9.0; exit ;; esac; '
+
+
+def test_gpu_script_keeps_every_log(gpu_script, tmp_path):
+    """A rerun adds to a log, also where the machine is another and has only what was brought along."""
+    gpu_script("matrix", fake=CPU + 'echo "first $COMMIT"', COMMIT="abc1234")
+    shutil.move(gpu_script.out / "results.tgz", tmp_path / "brought.tgz")
+    shutil.rmtree(gpu_script.out)
+    gpu_script("matrix", fake=CPU + "echo second", EARLIER=str(tmp_path / "brought.tgz"))
+    log = kept(gpu_script.out)["matrix.log"]
+    assert "first abc1234" in log and "second" in log and log.count("== matrix: ") == 2 and "commit abc1234" in log
+
+
+def test_gpu_script_goes_on_behind_what_took_its_process(gpu_script):
+    counts = 'echo x >>"$COUNT"; [ "$(wc -l <"$COUNT")" -lt 3 ] && exit 75; exit 0'
+    done = gpu_script("matrix", fake=CPU + counts, COUNT=str(gpu_script.out.parent / "count"))
+    assert "matrix status=0" in done.stdout and "processes=3" in done.stdout
+
+
+def test_gpu_script_ends_in_its_time(gpu_script):
+    """One deadline for the whole call, whatever each part may take."""
+    begin = time.monotonic()
+    done = gpu_script("build", "first", "matrix", fake=GPU + "exec sleep 15", TOTAL_SECONDS="12")
+    assert time.monotonic() - begin < 20
+    assert "build status=124" in done.stdout and "matrix: left out, the time is spent" in done.stdout
+
+
+def test_gpu_script_runs_every_test_file(gpu_script):
+    """On a GPU all but what a missing module forbids; without one the first file."""
+    done = gpu_script("tests", fake=GPU + 'case "$*" in *find_spec*) echo peft ;; *"-m pytest"*) echo "$@" ;; esac')
+    command = next(line for line in done.stdout.splitlines() if line.startswith("-m pytest"))
+    files = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    peft = {name for name, text in files.items() if re.search(r"^(import|from) (peft[ .\n]|tests\.tiny)", text, re.M)}
+    asked = re.findall(r"test_\w+\.py", command)
+    assert set(asked) == files.keys() - peft and "-m not nightly" in command and "test_launch.py" in asked
+    marked = ["mark.kernels" in files[name] for name in asked]
+    assert marked == sorted(marked, reverse=True), "kernels first"
+    done = gpu_script("tests", fake=CPU + 'case "$*" in *"-m pytest"*) echo "$@" ;; esac')
+    assert len(re.findall(r"test_\w+\.py", done.stdout.splitlines()[-2])) == 1
+
+
+def test_gpu_script_counts_what_the_sanitizer_found_nothing_in(gpu_script, tmp_path):
+    """A check that computes the right thing past the end of a tensor is not done."""
+    (tmp_path / "compute-sanitizer").write_text(
+        '#!/usr/bin/env bash\nwhile [ "$1" != --done ]; do shift; done; echo "right a" >>"$2"\n'
+        'echo "caching ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}"; exit "$FOUND"\n'
+    )
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = gpu_script("sanitizer", fake=GPU, PATH=path, FOUND="9")
+    assert "sanitizer-memcheck status=9" in done.stdout and "memcheck.txt" not in kept(gpu_script.out)
+    done = gpu_script("sanitizer", fake=GPU, PATH=path, FOUND="0")
+    assert kept(gpu_script.out)["memcheck.txt"] == "right a\n"
+    assert re.findall("caching (.*)", done.stdout) == ["1", "on", "1"], "a tool for accesses sees each allocation"
+
+
+def test_profiling_leaves_the_clocks_alone():
+    script = (ROOT / "bench/gpu.sh").read_text()
+    assert len(re.findall(r"\bncu --", script)) == len(re.findall(r"\bncu --clock-control none", script)) == 1
+
+
+def test_tests_are_resumed_one_by_one(tmp_path):
+    """What passed is not run again; what took its process with it comes last, and twice at most."""
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest\n"
+        "def test_kills(): os._exit(75)\n"
+        "@pytest.mark.parametrize('n', range(3))\n"
+        "def test_passes(n): pass\n"
+        "def test_fails(): assert False\n"
+    )
+    journal = tmp_path / "tests.journal"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.resume"]
+    command += ["--journal", str(journal), str(tmp_path / "test_some.py")]
+    first, second, third = (run_outside(command) for _ in range(3))
+    assert first.returncode == second.returncode == LOST, first.stdout + second.stdout
+    assert third.returncode == 1 and "1 failed, 4 deselected" in third.stdout, third.stdout
+    found = Journal(journal)
+    assert len(found.right()) == 3 and sum(map(found.is_spent, found.begun)) == 2
 
 
 @pytest.mark.kernels

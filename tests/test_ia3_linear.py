@@ -692,6 +692,31 @@ def test_mixed_batch_equals_each_task_alone(M, dtype):
                     assert torch.equal(mixed[ids == t], one[ids == t])
 
 
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRET, reason="asks oneDNN's matmuls")
+@pytest.mark.parametrize("size", [1, 3, 31, 34, 64, 68, 257])
+@pytest.mark.parametrize("is_feedforward", [False, True], ids=["output", "feedforward"])
+def test_a_neighbours_nan_stays_out_of_the_vendors_matmul(is_feedforward, size):
+    """bf16 on a CPU with AMX, where rows of some lengths read the next one; both ways, and in all linear operators."""
+    M, dtype = 80, torch.bfloat16
+    x, weight, b, ia3_l = make(M, size, size, dtype, 4, is_feedforward=is_feedforward)
+    ids, clean = torch.arange(M) % 4, torch.randn(M, size).to(dtype)
+
+    def results(x, dy):
+        x = x.clone().requires_grad_()
+        y = ia3_linear(x, weight, b, ia3_l=ia3_l, task_ids=ids, is_feedforward=is_feedforward)
+        k, v = peft_ops.ia3_kv_linear(x, weight, weight, k_ia3_l=ia3_l, v_ia3_l=ia3_l, task_ids=ids)
+        h = peft_ops.ia3_glu_linear(x, weight, weight, ia3_l=ia3_l, task_ids=ids)
+        return [y, k, v, h, *(torch.autograd.grad(out, x, dy, retain_graph=True)[0] for out in (y, k, v, h))]
+
+    want = results(x, clean)
+    for row in (0, 7, M - 2):
+        others = torch.arange(M) != row
+        bad_x, bad_dy = x.clone(), clean.clone()
+        bad_x[others], bad_dy[others] = NAN, INF
+        for got, kept in zip(results(bad_x, bad_dy), want, strict=True):
+            assert torch.equal(got[row], kept[row])
+
+
 @pytest.mark.parametrize("placement", ["output", "gelu_tanh", "feedforward"])
 def test_rows_are_independent(placement, dtype):
     """Other rows get other ids, NaN and Inf, and their tasks NaN and Inf in the vectors: this row stays, bit by bit."""

@@ -152,15 +152,39 @@ def test_first_bad_id():
     for dtype in (torch.int32, torch.int64):
         for size in (0, 1, 3, 31, 1023):
             ids = torch.randint(-1, TASKS, (size,), dtype=dtype)
-            assert native.first_bad_id(ids, TASKS) == -1
+            assert native.first_bad_id(ids, -1, TASKS) == -1
             for at in {0, size // 2, size - 1} & set(range(size)):
                 for bad in (TASKS, -2, torch.iinfo(dtype).max, torch.iinfo(dtype).min):
                     broken = ids.clone()
                     broken[at:] = bad
-                    assert native.first_bad_id(broken, TASKS) == at
-    assert native.first_bad_id(torch.tensor([[0, 1], [2, 3]]), 3) == 3
-    assert native.first_bad_id(torch.tensor([0, 9, 1, 9])[::2], 2) == -1
-    assert native.first_bad_id(torch.tensor([-1]), 0) == -1 and native.first_bad_id(torch.tensor([0]), 0) == 0
+                    assert native.first_bad_id(broken, -1, TASKS) == at
+    assert native.first_bad_id(torch.tensor([[0, 1], [2, 3]]), -1, 3) == 3
+    assert native.first_bad_id(torch.tensor([0, 9, 1, 9])[::2], -1, 2) == -1
+    assert native.first_bad_id(torch.tensor([-1]), -1, 0) == -1 and native.first_bad_id(torch.tensor([0]), -1, 0) == 0
+    assert (
+        native.first_bad_id(torch.tensor([3, 0, -1]), 0, 4) == 2 and native.first_bad_id(torch.tensor([0]), 0, 0) == 0
+    )
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+@pytest.mark.parametrize(
+    "offsets, at",
+    [
+        ([0], -1),
+        ([0, 2, 2, 5], -1),
+        ([0, 5, 5], 1),  # 5 tokens of at most 4
+        ([1, 2], 0),
+        ([-1, 2], 0),
+        ([0, 3, 2, 5], 2),
+        ([0, 4, 7, 8], 3),  # 8 of 7 tokens
+        ([0, -(2**31)], 1),
+        ([0, 2**31 - 1], 1),
+    ],
+)
+def test_first_bad_offset(offsets, at, wide):
+    cu = torch.tensor(offsets, dtype=torch.int64 if wide else torch.int32)
+    assert native.first_bad_offset(cu, 7, 4) == at
+    assert native.first_bad_offset(cu.repeat_interleave(2)[::2], 7, 4) == at
 
 
 def assert_close(got: torch.Tensor, torch_own: torch.Tensor, want: torch.Tensor) -> None:
@@ -522,6 +546,37 @@ def test_prompt_concat_backward_is_summed_in_its_fixed_order(E, left, dtype):
     assert_bits(native.prompt_concat_backward(dout, layout, TASKS, P), got)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+@pytest.mark.parametrize("after_bos", [False, True], ids=["before", "after bos"])
+@pytest.mark.parametrize("broken", [None, "start", "falls", "end"])
+def test_packed_layout_is_the_reference(broken, after_bos, wide):
+    dtype = torch.int64 if wide else torch.int32
+    for B, P, room in [(7, 3, 0), (300, 4, 0), (23, 3, -20), (23, 3, 9), (3, 0, 0), (0, 2, 4), (5, 2, -99)]:
+        counts = torch.randint(0, 6, (B,))
+        counts[1::4] = 0
+        cu, total = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(dtype), int(counts.sum()) + 2
+        if broken == "start":
+            cu[0] = 1
+        elif broken == "falls" and B > 3:
+            cu[3] = -2
+        elif broken == "end":
+            cu[-1] = total + 1
+        num_rows = max(total + B * P + room, 0)
+        ids, lengths = torch.randint(-3, TASKS + 2, (B,), dtype=dtype), torch.randint(-1, P + 2, (TASKS,), dtype=dtype)
+        labels = torch.randint(-5, 99, (total,), dtype=dtype)
+        for task_ids, prompt_lengths, tasks in ((ids, lengths, TASKS), (ids, None, TASKS), (None, None, 1)):
+            sizes = total, tasks, P, num_rows
+            layout, out_cu = reference.packed_layout(cu, task_ids, prompt_lengths, sizes, after_bos)
+            rows = reference.packed_rows(layout, out_cu, num_rows)
+            want = (layout, out_cu, *reference.packed_metadata(labels, rows))
+            tensors = labels, cu, torch.empty(tasks, P, 1), task_ids, prompt_lengths
+            got = native.packed_layout(*tensors, labels, num_rows, after_bos)
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == b.dtype and a.is_contiguous() and torch.equal(a, b)
+            none = native.packed_layout(*tensors, None, num_rows, after_bos)
+            assert none[3].shape == (0,) and torch.equal(none[4], want[4])
+
+
 def packed_case(B: int, P: int, num_rows: int | None = None):
     """The layout and offsets of a packed batch as the operator makes them, with bad, base and empty sequences."""
     ids, counts = torch.randint(-1, TASKS, (B,)), torch.randint(0, 6, (B,))
@@ -543,9 +598,9 @@ def test_prompt_concat_packed_is_bitwise_the_reference(E, num_rows, dtype):
     rows = reference.packed_rows(layout, cu, num_rows)
     for tokens, embedding in ((ids, table), (ids.int(), table), (randn(total, E, dtype=dtype), None)):
         want = reference.packed_embeddings(tokens, embedding, prompts, rows)
-        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows, 1.0), want)
         torch.set_num_threads(1)
-        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows), want)
+        assert_bits(native.prompt_concat_packed(tokens, embedding, prompts, layout, cu, num_rows, 1.0), want)
         torch.set_num_threads(2)
 
 
@@ -565,7 +620,7 @@ def test_prompt_concat_packed_reads_nothing_outside_its_tensors():
     layout = torch.tensor([[0, 1 << 30, 0, 1], [-1, 2, 0, 0], [-1, 0, 0, 0]], dtype=torch.int32)
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)
     for tokens, embedding in ((torch.zeros(3, dtype=torch.int64), torch.ones(4, 2)), (torch.ones(3, 2), None)):
-        out = native.prompt_concat_packed(tokens, embedding, torch.ones(1, 2, 2) * 7, layout, cu, 6)[:, 0]
+        out = native.prompt_concat_packed(tokens, embedding, torch.ones(1, 2, 2) * 7, layout, cu, 6, 1.0)[:, 0]
         assert out.nan_to_num(-1).tolist() == [7, -1, -1, 1, -1, 0]
 
 
@@ -713,8 +768,8 @@ PACKED, OFFSETS = (
 )
 IDS3 = torch.zeros(3, dtype=torch.int64)
 BAD_CALLS = [
-    ("first_bad_id", (X, 2), "task_ids must be int32 or int64, got Float"),
-    ("first_bad_id", (torch.tensor([0]), -1), "num_tasks must not be negative, got -1"),
+    ("first_bad_id", (X, 0, 2), "ids must be int32 or int64, got Float"),
+    ("first_bad_offset", (X, 0, 2), "cu_seqlens must be int32 or int64, got Float"),
     ("ia3_scale", (X.double(), TABLE, None, None), "x must be float32, float16 or bfloat16, got Double"),
     ("ia3_scale", (X[0], TABLE, None, None), r"x must be 2-D, or contiguous with more dimensions, got shape \[8\]"),
     ("ia3_scale", (X[None].mT, TABLE, None, None), "x must be 2-D, or contiguous with more dimensions, got shape"),
@@ -754,11 +809,17 @@ BAD_CALLS = [
     ("prompt_concat_backward", (DOUT, LAYOUT, 1, 6), r"P must lie in \[0, 5\], got 6"),
     ("prompt_concat_backward", (DOUT, LAYOUT, -1, 2), "num_tasks must not be negative, got -1"),
     ("prompt_concat_backward", (DOUT, LAYOUT, 0, 2), "layout must stay inside 0 tasks"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, OFFSETS, 3), "layout must stay inside 1 tasks"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED + 1, OFFSETS, 9), "layout must stay inside 1"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED[:1], OFFSETS, 9), r"layout must be \[2, 4\], got"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, -OFFSETS, 9), "layout must stay inside"),
-    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS[..., :4], PACKED, OFFSETS, 9), "prompts must have 8 col"),
+    ("packed_layout", (IDS3, OFFSETS, X, None, None, None, 9, False), "prompts must be 3-D, got shape"),
+    ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, None, None, 2**31, False), r"num_rows must lie in \[0, 2\*\*31"),
+    ("packed_layout", (IDS3, OFFSETS[:0], PROMPTS, None, None, None, 9, False), "cu_seqlens must have B . 1 entries"),
+    ("packed_layout", (IDS3, OFFSETS, PROMPTS, IDS3, None, None, 9, False), "task_ids must have 1 entries, got 3"),
+    ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, IDS3, None, 9, False), "prompt_lengths must have 1 entries"),
+    ("packed_layout", (IDS3, OFFSETS, PROMPTS, None, None, IDS3[:2], 9, False), "labels must be contiguous, of sh"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, OFFSETS, 3, 1.0), "layout must stay inside 1"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED + 1, OFFSETS, 9, 1.0), "layout must stay inside 1"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED[:1], OFFSETS, 9, 1.0), r"layout must be \[2, 4\]"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS, PACKED, -OFFSETS, 9, 1.0), "layout must stay inside"),
+    ("prompt_concat_packed", (TOKENS[0], EMBEDDING, PROMPTS[..., :4], PACKED, OFFSETS, 9, 1.0), "prompts must have 8"),
     ("prompt_concat_packed_backward", (DOUT, PACKED, OFFSETS, 1, 2), r"dout must be \[1, num_rows, E\], got shape"),
     ("prompt_concat_packed_backward", (DOUT[:1], PACKED, OFFSETS, -1, 2), "num_tasks and P must not be negative"),
     ("prompt_concat", (*CONCAT, 1.0, SLOTS, None, None, None), "types and type_embedding must be given together"),

@@ -74,12 +74,12 @@ class TestIA3Linear:
         with tasks(["elsewhere", None], DEVICE):
             assert torch.equal(layer(x), layer.base_layer(x))
 
-    def test_materialized_table_is_served_until_a_vector_changes(self, is_feedforward):
+    def test_kept_table_is_served_until_a_vector_changes(self, is_feedforward):
         layer, x = ia3_linear(is_feedforward), torch.randn(4, 6, device=DEVICE)
         batch = TaskBatch.of_rows(ROWS, DEVICE)
         with torch.no_grad():
             before = layer(x, batch)
-            layer.materialize(batch.names)
+            layer.keep_table(batch.names)
             served = layer._served[batch.names][1]
             served.mul_(2)
             assert not torch.equal(layer(x, batch), before), "the table is not used"
@@ -87,14 +87,14 @@ class TestIA3Linear:
             assert torch.equal(layer(x, batch), before)
             layer.ia3_l["red"].mul_(2)
             assert not torch.equal(layer(x, batch), before), "a stale table is served"
-        layer.materialize(batch.names)
+        layer.keep_table(batch.names)
         assert layer(x, batch).requires_grad, "training must not read the snapshot"
 
-    def test_materialized_table_follows_an_optimizer_that_leaves_no_trace(self, is_feedforward):
+    def test_kept_table_follows_an_optimizer_that_leaves_no_trace(self, is_feedforward):
         """Fused AdamW does not count its writes: a forward with gradients ends what is served."""
         layer, x = ia3_linear(is_feedforward), torch.randn(4, 6, device=DEVICE)
         batch = TaskBatch.of_rows(["red"] * 4, DEVICE)
-        layer.materialize(("red",))
+        layer.keep_table(("red",))
         optimizer = torch.optim.AdamW(layer.ia3_l.parameters(), lr=0.5, fused=True)
         layer(x, batch).square().sum().backward()
         optimizer.step()
@@ -102,17 +102,17 @@ class TestIA3Linear:
         with torch.no_grad():
             assert torch.equal(layer(x, batch), want)
 
-    def test_materialized_table_ends_with_its_adapter(self, is_feedforward):
+    def test_kept_table_ends_with_its_adapter(self, is_feedforward):
         """Another tenant under the same name, whose vector may lie where the old one lay."""
         layer, x = ia3_linear(is_feedforward, ("red",)), torch.randn(4, 6, device=DEVICE)
         batch = TaskBatch.of_rows(["red"] * 4, DEVICE)
-        layer.materialize(("red",))
+        layer.keep_table(("red",))
         served = layer._served["red",]
         del layer.ia3_l["red"]
         with torch.no_grad():
             layer.add_adapter("red").copy_(7 * torch.ones_like(layer.ia3_l["red"]))
             got = layer(x, batch)
-            layer.materialize(None)
+            layer.keep_table(None)
             assert torch.equal(got, layer(x, batch))
         assert served[0][0][0] is not layer.ia3_l["red"], "the stamp keeps the old vector, and its address, alive"
 
@@ -240,21 +240,21 @@ class TestPromptEmbedding:
         for mixed, alone in zip(gradients(ROWS), gradients(["red", "blue", "blue", "red"]), strict=True):
             assert torch.equal(mixed, alone)
 
-    def test_materialized_prompts_need_no_encoder(self):
+    def test_kept_prompts_need_no_encoder(self):
         prompts = prompt_embedding()
         with torch.no_grad():
             want, _ = self.run(prompts, ROWS)
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
             del prompts.encoders["red"]
             assert torch.equal(self.run(prompts, ROWS)[0].inputs_embeds, want.inputs_embeds)
-            prompts.materialize(None)
+            prompts.keep_table(None)
             assert not torch.equal(self.run(prompts, ROWS)[0].inputs_embeds[0], want.inputs_embeds[0])
 
-    def test_materialized_prompts_are_not_served_stale(self):
+    def test_kept_prompts_are_not_served_stale(self):
         prompts = prompt_embedding()
         with torch.no_grad():
             want, _ = self.run(prompts, ROWS)
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
             nn.init.zeros_(prompts.encoders["red"].embedding.weight)
             assert not torch.equal(self.run(prompts, ROWS)[0].inputs_embeds, want.inputs_embeds)
 

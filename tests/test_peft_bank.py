@@ -39,9 +39,11 @@ def served(request, tmp_path_factory):
     return root, {name: accelerate(model, level="module") for name, model in oracles.items()}, models
 
 
-def rows_alone(name: str, model, oracles, batch):
-    oracle = oracles.get(name, model)
-    return oracle(**batch, adapter_names=[name] * len(ROWS)).logits
+def row_alone(i: int, name: str, model, oracles, batch):
+    """Row i without its pads, which move the positions of a GPT-2 that is given none; with prompts they do not."""
+    real = batch["attention_mask"][i].bool()
+    row = {k: v[i : i + 1] if k.startswith("decoder") else v[i : i + 1, real] for k, v in batch.items()}
+    return oracles.get(name, model)(**row, adapter_names=[name]).logits[0]
 
 
 @torch.no_grad()
@@ -53,15 +55,39 @@ def test_both_methods_serve_rows_of_one_batch(served, which):
     got = model(**batch, adapter_names=list(ROWS)).logits
     seen = []
     for i, name in enumerate(ROWS):
-        want, own = rows_alone(name, model, oracles, batch)[i], got[i]
-        S = min(want.shape[0], own.shape[0])  # a batch without prompts has no slots for any
-        real = torch.ones(S, dtype=torch.bool)
-        if not model.config.is_encoder_decoder:
+        want, own = row_alone(i, name, model, oracles, batch), got[i]
+        if not model.config.is_encoder_decoder:  # of the text alone
             real = batch["attention_mask"][i].bool()
-            S = len(real)
-        torch.testing.assert_close(own[-S:][real], want[-S:][real], rtol=1e-4, atol=1e-4)
+            want, own = want[-real.sum() :], own[-len(real) :][real]
+        torch.testing.assert_close(own, want, rtol=1e-4, atol=1e-4)
         seen.append(own[-1])
     assert torch.pdist(torch.stack(seen)).min() > 0.01
+
+
+@torch.no_grad()
+def test_a_bank_changes_no_batch_that_it_does_not_serve(served):
+    """Of a model with vectors: whether or not the bank has prompts, it is PEFT's result, positions of pads included."""
+    root, _, models = served
+    model, names = restore(models["vectors"]), ["own", tiny.BASE, "own"]
+    batch = tiny.batch_for(model, 3, "left")
+    want = tiny.row_by_row(model, names, lambda one: one(**batch).logits)
+    accelerate(model, bank=bank_from_folder(root, slots=3), level="module")
+    got = model(**batch, adapter_names=names).logits
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [("own", tiny.BASE), ("own", "prompt")], ids=["without", "with"])
+def test_positional_arguments_of_a_model_whose_bank_holds_prompts(rows):
+    """In the order of PEFT's class, whose fourth are the labels; BERT's are positions."""
+    model = tiny.ia3_model("bert", ["own"])
+    bank = TaskBank(1, {"bert.encoder.layer.0.attention.self.key": 64}, num_virtual_tokens=2, token_dim=64)
+    bank.put("prompt", {}, prompt=torch.ones(2, 64))
+    accelerate(model, bank=bank)
+    batch, labels = tiny.batch_for(model, 2), torch.tensor([0, 2])
+    want = model(**batch, labels=labels, adapter_names=list(rows)).loss
+    got = model(*batch.values(), None, labels, adapter_names=list(rows)).loss
+    assert want is not None and torch.equal(got, want)
 
 
 @torch.no_grad()

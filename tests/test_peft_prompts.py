@@ -10,8 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 from peft_ops import accelerate, restore
+from peft_ops.integrations._prompts import is_decoder
 from tests.conftest import DEVICE, assert_like_torch
-from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, text
+from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, VOCAB, alone, prompt_model, randomized, set_vectors, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = {"short": 2, "long": 5}
@@ -32,6 +33,53 @@ def plain(family: str, kind: str = "PROMPT_TUNING", task: str | None = None, dty
 
 def accelerated(family: str, kind: str = "PROMPT_TUNING", task: str | None = None) -> nn.Module:
     return accelerate(copy.deepcopy(plain(family, kind, task)))
+
+
+# models of texts and images; PEFT takes the first matrix of VOCAB rows for the embeddings, and images come first
+SIGHT = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, image_size=8, patch_size=4)
+TEXT = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+IMAGE_TEXT = {
+    "llava": (dict(model_type="llama"), dict(SIGHT, model_type="clip_vision_model", num_hidden_layers=1)),
+    "idefics3": (dict(model_type="llama"), dict(SIGHT, num_hidden_layers=1)),
+    "qwen2_vl": (
+        dict(rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}),
+        dict(embed_dim=16, hidden_size=64, depth=1, num_heads=2),
+    ),
+}
+
+
+def of_prompts(base: nn.Module, task: str, lengths: dict[str, int] = PROMPTS, **options) -> nn.Module:
+    """A PEFT model of a family that FAMILIES does not have."""
+    model = None
+    for name, length in lengths.items():
+        prompt = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=length, **options)
+        if model is None:
+            model = peft.get_peft_model(randomized(base), prompt, name)
+        else:
+            model.add_adapter(name, prompt)
+        set_vectors(model, name)
+    return model.to(DEVICE).eval()
+
+
+def image_text_model(kind: str, lengths: dict[str, int] = PROMPTS) -> nn.Module:
+    of_text, of_images = IMAGE_TEXT[kind]
+    of_text = dict(**TEXT, **of_text, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    config = transformers.AutoConfig.for_model(kind, text_config=of_text, vision_config=of_images)
+    config.tie_word_embeddings = False
+    base = transformers.AutoModelForImageTextToText.from_config(config)
+    return of_prompts(base, "CAUSAL_LM", lengths, token_dim=64, num_layers=2, num_attention_heads=4)
+
+
+@cache
+def numbering(kind: str) -> nn.Module:
+    """An encoder-decoder that counts its encoder's slots: the left pads of a text move it."""
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=VOCAB, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=96, decoder_ffn_dim=96, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=None, decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    base = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager")
+    return of_prompts(base, "SEQ_2_SEQ_LM")
 
 
 def batch_of(family: str, side: str, seed: int = 0) -> dict[str, Tensor]:
@@ -135,6 +183,28 @@ class TestForward:
         out = logits(accelerated("bert"), batch | {"token_type_ids": 1 - types}, adapter_names=NAMES)
         assert not torch.allclose(out, logits(accelerated("bert"), batch, adapter_names=NAMES), atol=1e-2)
 
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", IMAGE_TEXT)
+    def test_an_image_text_model_is_a_decoder(self, kind, side):
+        """Where padding is on the left, the last slot of every row is its last token."""
+        theirs, batch = image_text_model(kind), batch_of("llama", side)
+        ours = accelerate(copy.deepcopy(theirs))
+        out = logits(ours, batch, adapter_names=NAMES)
+        got = of_tokens(out, batch, decoder=True)
+        assert side == "right" or torch.equal(out[:, -1], torch.stack([row[-1] for row in got]))
+        for row, want in zip(got, by_row(theirs, batch), strict=True):
+            torch.testing.assert_close(row, want, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("cls, options, decoder", [
+        ("BertForMaskedLM", {}, False), ("BertLMHeadModel", {}, False), ("BertLMHeadModel", {"is_decoder": True}, True),
+        ("ElectraForCausalLM", {}, False), ("LlamaForCausalLM", {}, True), ("LlamaForSequenceClassification", {}, True),
+        ("LlamaModel", {}, True), ("BertModel", {}, False), ("XLNetLMHeadModel", {}, True),
+    ])  # fmt: skip
+    def test_what_is_a_decoder(self, cls, options, decoder):
+        cls = getattr(transformers, cls)
+        with torch.device("meta"):
+            assert is_decoder(cls(cls.config_class(**options))) == decoder
+
     def test_pefts_left_padding_stands_between_prompt_and_text(self):
         """PEFT's rows with padding on the left are not those without; ours are, as above."""
         batch, model = batch_of("llama", "left"), plain("llama")
@@ -149,6 +219,19 @@ class TestForward:
         want = logits(model, batch, adapter_names=NAMES)
         got = model(batch["input_ids"], batch["attention_mask"], adapter_names=NAMES).logits
         assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("names", [NAMES, [BASE] * 5], ids=["mixed", "base"])
+    @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+    def test_positional_arguments_are_in_pefts_order(self, family, names):
+        """Embeddings come third and labels behind them, where the base model has positions or token types."""
+        batch, model = batch_of(family, "right"), accelerated(family)
+        decoder_ids = batch.pop("decoder_input_ids", None)
+        given = [None] if family != "t5" else [None, decoder_ids, None, None]  # embeddings, and the decoder's
+        labels = {"llama": batch["input_ids"], "t5": decoder_ids, "bert": torch.arange(5, device=DEVICE) % 3}[family]
+        options = {} if decoder_ids is None else {"decoder_input_ids": decoder_ids}
+        want = model(**batch, **options, labels=labels, adapter_names=names)
+        got = model(*batch.values(), *given, labels, adapter_names=names)
+        assert torch.equal(got.loss, want.loss) and torch.equal(got.logits, want.logits)
 
     def test_position_ids_are_the_prompts(self):
         """As PEFT does, positions that were given are replaced."""
@@ -253,6 +336,124 @@ class TestForward:
         assert torch.equal(logits(model, batch), want)
 
 
+class TestEncodersThatNumberSlots:
+    """BART and its kin take no positions: with pads behind the text, prompt and text stand where they do alone."""
+
+    KINDS = ["bart", "m2m_100", *map(nightly, ("mbart", "pegasus", "marian", "blenderbot"))]
+
+    def batch(self, side: str) -> dict[str, Tensor]:
+        batch = {key: value.to(DEVICE) for key, value in text(LENGTHS, side).items()}
+        return batch | {"decoder_input_ids": text([4] * 5, seed=1)["input_ids"].to(DEVICE)}
+
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_rows_are_pefts_unpadded_ones(self, kind, side):
+        batch, ours = self.batch(side), accelerate(copy.deepcopy(numbering(kind)))
+        got = logits(ours, batch, adapter_names=NAMES)
+        torch.testing.assert_close(got, torch.stack(by_row(numbering(kind), batch)), rtol=0, atol=1e-3)
+        bare = logits(ours, batch, adapter_names=[BASE] * 5)  # whether or not another row of the batch has a prompt
+        torch.testing.assert_close(bare[[1, 4]], got[[1, 4]], rtol=0, atol=1e-3)
+        ids = batch.pop("decoder_input_ids")
+        got = ours(**batch, labels=ids, return_dict=False, adapter_names=[BASE] * 5)
+        assert torch.equal(got[0], ours(**batch, labels=ids, adapter_names=[BASE] * 5).loss)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    @pytest.mark.parametrize("side", SIDES)
+    def test_what_is_returned_of_the_encoder_stands_where_the_text_does(self, side, generate):
+        """The prompt right before the first real token, as everywhere."""
+        batch, theirs = self.batch(side), numbering("bart")
+        ours = accelerate(copy.deepcopy(theirs))
+        options, ids = dict(output_hidden_states=True, output_attentions=True), batch["decoder_input_ids"]
+        if generate:
+            options |= dict(return_dict_in_generate=True, num_beams=2, max_new_tokens=2, do_sample=False)
+            found = ours.generate(**batch, **options, adapter_names=NAMES)
+        else:
+            found = ours(**batch, **options, adapter_names=NAMES)
+            flat = ours(**batch, **options, adapter_names=NAMES, return_dict=False)
+            assert torch.equal(flat[-3], found.encoder_last_hidden_state)
+        for i, name in enumerate(NAMES):
+            row, p = unpadded(batch, i) | dict(decoder_input_ids=ids[i : i + 1]), PROMPTS.get(name, 0)
+            with alone(theirs, name) as one:
+                want = one(**row, output_hidden_states=True, output_attentions=True)
+            first = int(batch["attention_mask"][i].argmax())
+            mine = slice(first, first + p + LENGTHS[i])
+            for got, layer in zip(found.encoder_hidden_states, want.encoder_hidden_states, strict=True):
+                torch.testing.assert_close(got[i, mine], layer[0], rtol=0, atol=1e-4)
+            for got, layer in zip(found.encoder_attentions, want.encoder_attentions, strict=True):
+                torch.testing.assert_close(got[i, :, mine, mine], layer[0], rtol=0, atol=1e-5)
+            cross = found.cross_attentions[0][0][2 * i] if generate else found.cross_attentions[0][i]
+            cross = cross[..., mine].sum(-1)
+            torch.testing.assert_close(cross, torch.ones_like(cross), rtol=0, atol=1e-5)
+            if not generate:
+                torch.testing.assert_close(
+                    found.encoder_last_hidden_state[i, mine], want.encoder_last_hidden_state[0], rtol=0, atol=1e-4
+                )
+
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_more_positions_than_the_model_has(self, generate):
+        model = accelerate(copy.deepcopy(numbering("bart")))
+        batch = {key: value.to(DEVICE) for key, value in text([126] * 5).items()}
+        start = {} if generate else {"decoder_input_ids": batch["input_ids"][:, :1]}
+        with pytest.raises(ValueError, match="prompt and text must fit 128 positions, got 131"):
+            (model.generate if generate else model)(**batch, **start, adapter_names=NAMES)
+
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_generation(self, kind, side, beams):
+        batch, options = self.batch(side), dict(num_beams=beams, max_new_tokens=12, do_sample=False)
+        batch.pop("decoder_input_ids")
+        ours = accelerate(copy.deepcopy(numbering(kind)))
+        got = ours.generate(**batch, **options, adapter_names=NAMES)
+        bare = ours.generate(**batch, **options, adapter_names=[BASE] * 5)
+        for i, name in enumerate(NAMES):
+            with alone(numbering(kind), name) as one:
+                want = one.generate(**unpadded(batch, i), **options)[0]
+            assert torch.equal(got[i], want), name
+            assert name != BASE or torch.equal(bare[i], want)
+
+
+class TestModelsThatReadIds:
+    """More than embeddings: PEFT's prompts leave it out, so that only batches of prompts alone are PEFT's."""
+
+    def model(self, kind: str) -> nn.Module:
+        sizes = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+        if kind == "esm":
+            config = transformers.EsmConfig(**sizes, max_position_embeddings=128, pad_token_id=1, mask_token_id=3)
+            return of_prompts(transformers.EsmForSequenceClassification(config), "SEQ_CLS")
+        config = transformers.Gemma3nTextConfig(
+            **sizes, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_key_value_heads=2,
+            head_dim=16, num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2, pad_token_id=0, bos_token_id=1,
+            eos_token_id=None, layer_types=["sliding_attention", "full_attention"],
+            activation_sparsity_pattern=[0.0, 0.0],
+        )  # fmt: skip
+        return of_prompts(transformers.Gemma3nForCausalLM(config), "CAUSAL_LM")
+
+    @pytest.mark.parametrize("kind", ["gemma3n", "esm"])
+    def test_batches_of_prompts_or_of_none(self, kind):
+        theirs, names = self.model(kind), ["short", "long", "long", "short", "long"]
+        ours = accelerate(copy.deepcopy(theirs))
+        batch = {key: value.to(DEVICE) for key, value in text(LENGTHS, "left", pad=1).items()}
+        out = logits(ours, batch, adapter_names=names)
+        rows = of_tokens(out, batch, decoder=True)
+        for i, name in enumerate(names):
+            with alone(theirs, name) as one:
+                want = logits(one, unpadded(batch, i))[0]
+            want = want if want.dim() == 1 else want[-LENGTHS[i] :]
+            torch.testing.assert_close(rows[i], want, rtol=0, atol=1e-4)
+        same = {key: value[:1] for key, value in batch.items()}  # without pads
+        with alone(theirs, BASE) as one:
+            assert torch.equal(logits(ours, same, adapter_names=[BASE]), logits(one, same))
+
+    @pytest.mark.parametrize("kind", ["gemma3n", "esm"])
+    def test_rows_without_a_prompt_among_them(self, kind):
+        model, batch = accelerate(self.model(kind)), {"input_ids": torch.full((5, 7), 5, device=DEVICE)}
+        for call in [model] + [model.generate] * (kind == "gemma3n"):
+            with pytest.raises(ValueError, match="all rows must have prompts, or none, .* got '__base__' among"):
+                call(**batch, adapter_names=NAMES)
+
+
 class TestGeneration:
     def run(self, model, batch, **options) -> Tensor:
         return model.generate(**batch, **dict(max_new_tokens=16, do_sample=False) | options)
@@ -308,6 +509,56 @@ class TestGeneration:
         for names in (NAMES, [BASE] * 5, ["long"] * 5):
             assert model.generate(**batch, **options, do_sample=False, adapter_names=names).shape == want
 
+    @pytest.mark.parametrize("beams", [1, 3], ids=["greedy", "beams"])
+    @pytest.mark.parametrize("side", SIDES)
+    @pytest.mark.parametrize("options", [
+        {"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 5.0}, {"encoder_no_repeat_ngram_size": 1}, {"encoder_no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[6], [50, 3]]}, {"guidance_scale": 1.5}, {"min_new_tokens": 12, "eos_token_id": [6, 93]},
+    ], ids=lambda options: next(iter(options)))  # fmt: skip
+    def test_options_count_a_rows_own_text(self, options, side, beams):
+        """Neither its pads nor the prompt's slots, of which transformers sees the mask."""
+        self.compare("llama", side, num_beams=beams, **options)
+
+    def test_a_processor_of_ones_own_is_the_only_one_of_its_kind(self):
+        """As in transformers, where it takes the option's place."""
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        own = transformers.LogitsProcessorList([transformers.RepetitionPenaltyLogitsProcessor(1.5)])
+        want = self.run(model, batch, adapter_names=NAMES, logits_processor=own)
+        got = self.run(model, batch, adapter_names=NAMES, logits_processor=own, repetition_penalty=5.0)
+        assert torch.equal(got, want) and len(own) == 1
+        assert not torch.equal(got, self.run(model, batch, adapter_names=NAMES))
+
+    @pytest.mark.parametrize("side", SIDES)
+    def test_pads_without_a_mask(self, side):
+        """transformers infers the mask from ids that hold pads, unless those end a text."""
+        batch, model = self.text("llama", side), accelerated("llama")
+        names = ["short", BASE, BASE, "long", BASE]
+        run = lambda **kwargs: self.run(model, kwargs, adapter_names=names)  # noqa: E731
+        want, ids = run(**batch), batch["input_ids"]
+        assert torch.equal(run(input_ids=ids), want)
+        all_text = run(input_ids=ids, attention_mask=torch.ones_like(ids))
+        assert not torch.equal(all_text, want)
+        for options in ({"eos_token_id": [95, 0]}, {"pad_token_id": 95}):
+            masked = run(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            assert torch.equal(run(input_ids=ids, **options), masked)
+
+    @pytest.mark.parametrize("side", SIDES)
+    def test_a_dictionary_of_results(self, side):
+        batch, model = self.text("llama", side), accelerated("llama")
+        options = dict(num_beams=3, num_return_sequences=2, adapter_names=NAMES)
+        out = self.run(model, batch, **options, return_dict_in_generate=True, output_scores=True)
+        assert torch.equal(out.sequences, self.run(model, batch, **options)) and len(out.scores) == 16
+
+    def test_a_generation_config_and_the_models_own(self):
+        """What the first leaves open, the second may say."""
+        batch, model = self.text("llama", "left"), accelerated("llama")
+        base, given = model.get_base_model(), transformers.GenerationConfig(do_sample=False, repetition_penalty=5.0)
+        base.generation_config.max_length = 11
+        want = self.run(model, batch, max_new_tokens=4, repetition_penalty=5.0, adapter_names=NAMES)
+        assert torch.equal(model.generate(**batch, generation_config=given, adapter_names=NAMES), want)
+        assert (given.max_length, given.max_new_tokens, given.repetition_penalty) == (None, None, 5.0)
+
     def test_a_generation_config(self):
         batch, model = self.text("llama", "left"), accelerated("llama")
         config = copy.deepcopy(model.get_base_model().generation_config)
@@ -327,6 +578,19 @@ class TestRefused:
     @pytest.fixture(scope="class")
     def model(self):
         return accelerated("llama")
+
+    @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
+    def test_what_an_encoder_made_without_the_prompts(self, generate):
+        model, batch = accelerated("t5"), batch_of("t5", "right")
+        made = model.get_base_model().encoder(batch.pop("input_ids"), attention_mask=batch["attention_mask"])
+        if generate:
+            batch.pop("decoder_input_ids")
+            with pytest.raises(ValueError, match="with prompt adapters must not be given encoder_outputs"):
+                model.generate(**batch, encoder_outputs=made, adapter_names=NAMES)
+        else:
+            with pytest.raises(ValueError, match="encoder_outputs cannot be given together with prompt .* must see"):
+                model(**batch, encoder_outputs=made, adapter_names=NAMES)
+            assert model(**batch, encoder_outputs=made, adapter_names=[BASE] * 5).logits.shape[:2] == (5, 4)
 
     @pytest.mark.parametrize("name", ["start_positions", "end_positions", "past_key_values"])
     def test_arguments_that_prompts_would_move(self, model, name):
@@ -348,12 +612,19 @@ class TestRefused:
             model.generate(batch["input_ids"], None, adapter_names=NAMES)
 
     @pytest.mark.parametrize(
-        "name", ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"]
-    )
+        "name",
+        ["past_key_values", "position_ids", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens",
+         "token_healing"],
+    )  # fmt: skip
     def test_what_generate_cannot_do_with_prompts(self, model, name):
         value = [None] if name == "past_key_values" else 1
         with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
             model.generate(**batch_of("llama", "left"), adapter_names=NAMES, **{name: value})
+        config = transformers.GenerationConfig()
+        if hasattr(config, name):
+            setattr(config, name, value)
+            with pytest.raises(ValueError, match=f"with prompt adapters must not be given {name}"):
+                model.generate(**batch_of("llama", "left"), adapter_names=NAMES, generation_config=config)
 
     def test_generate_into_an_empty_cache(self, model):
         batch, options = batch_of("llama", "left"), dict(max_new_tokens=4, do_sample=False, adapter_names=NAMES)
@@ -387,17 +658,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("generate", [False, True], ids=["forward", "generate"])
     def test_images_whose_positions_come_from_ids(self, generate):
-        sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
-        rope = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-        config = transformers.Qwen2VLConfig(
-            text_config=dict(**sizes, num_key_value_heads=2, vocab_size=VOCAB, rope_parameters=rope),
-            vision_config=dict(embed_dim=32, hidden_size=64, depth=1, num_heads=2),
-        )
-        base = transformers.Qwen2VLForConditionalGeneration(config)
-        prompt = peft.PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=64, num_layers=1, num_attention_heads=4
-        )
-        model = accelerate(peft.get_peft_model(base, prompt, "red").to(DEVICE).eval())
+        model = accelerate(image_text_model("qwen2_vl", {"red": 3}))
         batch = batch_of("llama", "left")
         call = model.generate if generate else model
         assert call(**batch, adapter_names=["red", "__base__"] * 2 + ["red"]) is not None

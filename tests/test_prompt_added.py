@@ -617,6 +617,12 @@ def test_max_position_embeddings(backend):
     from torch._subclasses import FakeTensorMode
 
     ids, embedding, prompts, task_ids = args = make("prompt_concat", 2, 7, 4)
+    with pytest.raises(
+        ValueError, match=message("prompt_embed", "max_position_embeddings must be at least S = 7, got 6")
+    ):
+        prompt_embed(*args, max_position_embeddings=6)
+    with pytest.raises(TypeError, match=message("prompt_concat", "max_position_embeddings must be an int, got str")):
+        prompt_concat(*args, max_position_embeddings="11")
     text = message("prompt_concat", "max_position_embeddings must be at least P + S = 4 + 7, got 10")
     with peft_ops.set_backend(backend):
         prompt_concat(*args, max_position_embeddings=11)

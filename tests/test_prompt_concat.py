@@ -1144,6 +1144,8 @@ PLAN = peft_ops.plan_tasks(TASKS, 4, 2)
 GOOD = dict(input_ids=TOKENS, embedding=TABLE, prompts=PROMPTS, task_ids=TASKS)
 NO_IDS = dict(input_ids=None)
 BAD_INPUT = {
+    "bos a str": (dict(after_bos="no"), TypeError, "after_bos must be a bool, got str"),
+    "bos None": (dict(after_bos=None), TypeError, "after_bos must be a bool, got NoneType"),
     "prompts no tensor": (dict(prompts=[1.0]), TypeError, "prompts must be a tensor, got list"),
     "prompts integer": (dict(prompts=PROMPTS.int()), TypeError, "prompts must have dtype float32, .* got int32"),
     "prompts rank": (dict(prompts=PROMPTS[0, 0]), ValueError, r"\[num_tasks, P, E\] or \[P, E\], got \[8\]"),

@@ -308,6 +308,39 @@ def whole(message):
     return "^" + re.escape(f"prompt_concat_packed: {message}") + "$"
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("scale", [4.0, 48**0.5], ids=["exact", "gemma"])
+def test_scale(scale, backend, dtype):
+    """Rows of the table alone, as Gemma's module scales them: bit by bit, gradient included."""
+    if INTERPRET and dtype == torch.bfloat16 and scale != 4.0:
+        pytest.skip("the interpreter truncates to bf16")
+    (ids, embedding, prompts), cu, task_ids = make(E=48, dtype=dtype), offsets(COUNTS), tensor(TASKS)
+    kwargs, factor = dict(max_seqlen=5, labels=ids, after_bos=True), torch.tensor(scale).to(dtype)
+    leaf, dout = embedding.clone().requires_grad_(), torch.randn(43, 48, device=DEVICE).to(dtype)
+    with peft_ops.set_backend(backend):
+        got = prompt_concat_packed(ids, cu, leaf, prompts, task_ids, embed_scale=scale, **kwargs)
+        want = prompt_concat_packed(ids, cu, embedding * factor, prompts, task_ids, **kwargs)
+        assert_batches_equal(got, want)
+        (grad,) = torch.autograd.grad(got.inputs_embeds, leaf, dout)
+        of_text = torch.where(got.token_map[:, None] >= 0, dout, 0)
+        leaf = embedding.clone().requires_grad_()
+        (leaf[ids.index_select(0, got.token_map.clamp(min=0))] * factor).backward(of_text)
+        assert torch.allclose(grad.float(), leaf.grad.float(), rtol=0.02 if dtype != torch.float32 else 1e-5, atol=1e-2)
+        given = prompt_concat_packed(
+            None, cu, None, prompts, task_ids, inputs_embeds=embedding[ids], embed_scale=scale, **kwargs
+        )
+        assert_batches_equal(given, prompt_concat_packed(ids, cu, embedding, prompts, task_ids, **kwargs))
+
+
+def test_max_position_embeddings():
+    (ids, embedding, prompts), cu = make(), offsets(COUNTS)
+    args = ids, cu, embedding, prompts, tensor(TASKS)
+    prompt_concat_packed(*args, max_seqlen=5, max_position_embeddings=9)
+    text = "max_position_embeddings must be at least max_seqlen + P = 5 + 4, got 8"
+    with pytest.raises(ValueError, match=whole(text)):
+        prompt_concat_packed(*args, max_seqlen=5, max_position_embeddings=8)
+
+
 def test_number_of_rows():
     """As many as there are, more, and fewer: on a CPU an error that says how many, in a kernel rows left out."""
     ids, embedding, prompts = make()
@@ -867,7 +900,7 @@ def test_opcheck(embeds, with_ids, grad):
     tokens, table = (embedding[ids], None) if embeds else (ids, embedding)
     (tokens if embeds else table).requires_grad_(grad)
     task_ids, lengths, labels = (tensor([0, 2, -1, 1]), tensor([3, 0, 2]), ids.int()) if with_ids else (None,) * 3
-    args = tokens, cu, table, prompts, task_ids, lengths, labels, 4, 22, with_ids
+    args = tokens, cu, table, prompts, task_ids, lengths, labels, 4, 22, 2.0, with_ids
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat_packed, args)
     with torch.no_grad():
         out, new_cu, *_, layout = torch.ops.peft_ops.prompt_concat_packed(*args)
@@ -882,7 +915,7 @@ def test_opcheck(embeds, with_ids, grad):
 def test_opcheck_of_nothing(sizes):
     counts, P = sizes
     ids, embedding, prompts = make(sum(counts), P)
-    args = ids, offsets(counts), embedding, prompts, tensor([1, -1][: len(counts)]), None, None, 3, 8, True
+    args = ids, offsets(counts), embedding, prompts, tensor([1, -1][: len(counts)]), None, None, 3, 8, 1.0, True
     torch.library.opcheck(torch.ops.peft_ops.prompt_concat_packed, args)
 
 
@@ -891,7 +924,7 @@ def test_operator_called_raw():
     task_ids, dout = tensor(TASKS), torch.randn(43, 8, device=DEVICE)
     op, backward = torch.ops.peft_ops.prompt_concat_packed, torch.ops.peft_ops.prompt_concat_packed_backward
     e, p = embedding.clone().requires_grad_(), prompts.clone().requires_grad_()
-    args = offsets(COUNTS), e, p, task_ids, tensor(LENGTHS), ids, 5, 43, False
+    args = offsets(COUNTS), e, p, task_ids, tensor(LENGTHS), ids, 5, 43, 1.0, False
     batch = op(ids, *args)
     assert [t.requires_grad for t in batch] == [True] + [False] * 5
     want = gradients((ids, embedding, prompts, task_ids), dout, prompt_lengths=tensor(LENGTHS))
@@ -1049,6 +1082,9 @@ BAD_INPUT = {
     "rows a float": (dict(num_rows=12.0), TypeError, "num_rows must be an int, got float"),
     "rows a bool": (dict(num_rows=True), TypeError, "num_rows must be an int, got bool"),
     "rows negative": (dict(num_rows=-1), ValueError, "num_rows must be at least 0, got -1"),
+    "bos a number": (dict(after_bos=2), TypeError, "after_bos must be a bool, got int"),
+    "scale a str": (dict(embed_scale="2"), TypeError, "embed_scale must be a number, got str"),
+    "limit a str": (dict(max_position_embeddings="9"), TypeError, "max_position_embeddings must be an int, got str"),
 }
 
 
@@ -1076,7 +1112,7 @@ def test_fake_cuda_tensors():
             assert [t.dtype for t in tensors] == [
                 torch.bfloat16, torch.int32, torch.int64, torch.int32, torch.int64
             ]  # fmt: skip
-        layout = torch.ops.peft_ops.prompt_concat_packed(*args, None, None, 7, 44, False)[5]
+        layout = torch.ops.peft_ops.prompt_concat_packed(*args, None, None, 7, 44, 1.0, False)[5]
         assert layout.shape == (5, 4) and layout.dtype == torch.int32
         dprompts = torch.ops.peft_ops.prompt_concat_packed_backward(got.inputs_embeds, layout, got.cu_seqlens, 2, 6)
         assert dprompts.shape == (2, 6, 8) and dprompts.dtype == torch.float32 and dprompts.device.type == "cuda"

@@ -31,12 +31,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:Futur
 
 
 def peft_encoder(kind: str, words: nn.Embedding | None = None, **options) -> nn.Module:
-    sizes = {"num_transformer_submodules": 1, "num_virtual_tokens": P, "token_dim": E}
+    sizes = {"num_transformer_submodules": 1, "num_virtual_tokens": P, "token_dim": E} | options
     if kind == "embedding":
-        return peft.PromptEmbedding(peft.PromptTuningConfig(**sizes, **options), words)
-    return peft.PromptEncoder(
-        peft.PromptEncoderConfig(encoder_reparameterization_type=kind.upper(), **sizes, **options)
-    )
+        return peft.PromptEmbedding(peft.PromptTuningConfig(**sizes), words)
+    return peft.PromptEncoder(peft.PromptEncoderConfig(encoder_reparameterization_type=kind.upper(), **sizes))
 
 
 def embeddings(kind="mlp", lengths=(("red", 3), ("green", 2), ("blue", 3)), **options) -> PromptEmbedding:
@@ -175,27 +173,27 @@ class TestFromTokens:
 
 class TestPromptEmbedding:
     @pytest.mark.parametrize("make", [*[lambda k=k: embeddings(k) for k in KINDS], shared_embeddings])
-    def test_dropped_encoders_serve_the_same_bits(self, make):
+    def test_materialized_encoders_serve_the_same_bits(self, make):
         prompts = make()
         train(prompts)
         with torch.no_grad():
             want = run(prompts)
-        prompts.drop_encoders(["red"])
+        prompts.materialize(["red"])
         with torch.no_grad():
             assert torch.equal(run(prompts), want)
-        prompts.drop_encoders()
+        prompts.materialize()
         assert not list(prompts.parameters())
         assert set(prompts.state_dict()) == {f"encoders.{n}.prompt_embeddings" for n in ("red", "green", "blue")}
         with torch.no_grad():
             assert torch.equal(run(prompts), want)
         assert torch.equal(run(prompts.eval()), want)
 
-    def test_dropped_under_inference_mode_serves_with_gradients_too(self):
+    def test_materialized_under_inference_mode_serves_with_gradients_too(self):
         prompts = embeddings("embedding").eval()
         with torch.inference_mode():
-            prompts.drop_encoders(["green"])
+            prompts.materialize(["green"])
             run(prompts)
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
         run(prompts).sum().backward()
         assert prompts.encoders["red"].embedding.weight.grad is not None
 
@@ -205,10 +203,10 @@ class TestPromptEmbedding:
             want = run(prompts)
             prompts.train()
             prompts.encoders["blue"].eval()
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
             assert torch.equal(run(prompts), want)
         saved = prompts.peft_state_dict("red")["prompt_embeddings"].to(DEVICE)
-        prompts.drop_encoders(("red", "green"))
+        prompts.materialize(("red", "green"))
         assert torch.equal(prompts.encoders["red"](), saved)
         assert prompts.training and not prompts.encoders["blue"].training, "the modes are as they were"
         with torch.no_grad():
@@ -216,7 +214,7 @@ class TestPromptEmbedding:
 
     def test_training_a_dropped_encoder_says_so(self):
         prompts = embeddings()
-        prompts.drop_encoders(["red"])
+        prompts.materialize(["red"])
         with pytest.raises(RuntimeError, match="'red' has no encoder to train, only its table"):
             run(prompts)
         run(prompts, ["green", "blue", None, "green"]).sum().backward()
@@ -225,17 +223,74 @@ class TestPromptEmbedding:
     def test_unknown_name_drops_nothing(self):
         prompts = embeddings()
         with pytest.raises(ValueError, match=r"adapter must be one of \['red', 'green', 'blue'\], got 'pink'"):
-            prompts.drop_encoders(["red", "pink"])
+            prompts.materialize(["red", "pink"])
         assert isinstance(prompts.encoders["red"], PromptEncoder)
 
-    def test_materialized_prompts_survive_the_drop_and_end_with_the_adapter(self):
+    def test_encoders_of_sequence_to_sequence_models(self):
+        """PEFT makes 2 P rows, all through the network, and reads the first P."""
+        for kind in KINDS:
+            sizes = {} if kind == "embedding" else dict(encoder_hidden_size=6)
+            theirs = peft_encoder(kind, nn.Embedding(V, E), num_transformer_submodules=2, **sizes)
+            state = theirs.state_dict()
+            ours = PromptEncoder.from_state_dict(state, num_virtual_tokens=P)
+            with torch.no_grad():
+                want = theirs(torch.arange(2 * P)[None])[0, :P]
+                assert ours.num_virtual_tokens == P and torch.equal(ours(), want)
+                assert PromptEncoder.from_state_dict(state).num_virtual_tokens == 2 * P
+            prompts = PromptEmbedding()
+            prompts.add_adapter("red", ours)
+            again = PromptEmbedding.from_state_dict(prompts.state_dict(), num_virtual_tokens={"red": P})
+            again.eval().materialize()
+            assert torch.equal(again.prompt("red"), want) and again.num_virtual_tokens("red") == P
+            ours().sum().backward()
+            assert all(p.grad is not None for p in ours.parameters())
+
+    def test_packed_and_embeddings_in_place_of_ids(self):
+        prompts, batch = embeddings().eval(), TaskBatch.of_rows(ROWS, DEVICE)
+        words, ids = torch.randn(V, E, device=DEVICE), IDS.to(DEVICE)
+        with torch.no_grad():
+            want = prompts(ids, words, batch=batch)
+            got = prompts(None, None, batch=batch, inputs_embeds=words[ids])
+            assert torch.equal(got.inputs_embeds, want.inputs_embeds)
+            starts = torch.arange(0, ids.numel() + 1, ids.shape[1], device=DEVICE)
+            packed = prompts.packed(ids.flatten(), starts, words, batch, max_seqlen=3, labels=ids.flatten())
+            given = prompts.packed(None, starts, None, batch, max_seqlen=3, inputs_embeds=words[ids].flatten(0, 1))
+            assert torch.equal(packed.inputs_embeds, given.inputs_embeds)
+            for b, (start, end) in enumerate(zip(packed.cu_seqlens[:-1], packed.cu_seqlens[1:], strict=True)):
+                assert torch.equal(packed.inputs_embeds[start:end], want.inputs_embeds[b, : end - start])
+            assert (packed.cu_seqlens.diff() - 3).tolist() == [3, 0, 2, 3] and packed.max_seqlen == 3 + 3
+            with tasks(ROWS, DEVICE):
+                assert torch.equal(
+                    prompts.packed(ids.flatten(), starts, words, max_seqlen=3).inputs_embeds, packed.inputs_embeds
+                )
+            base = prompts.packed(ids.flatten(), starts, words, max_seqlen=3)  # outside: the base model's
+            assert torch.equal(base.inputs_embeds, words[ids.flatten()])
+
+    def test_a_compiled_step_and_an_optimizer_that_leaves_no_trace(self):
+        prompts, batch = embeddings("embedding"), TaskBatch.of_rows(ROWS, DEVICE)
+        words, ids = torch.randn(V, E, device=DEVICE), IDS.to(DEVICE)
+        prompts.keep_table(batch.names)
+        optimizer = torch.optim.AdamW(prompts.parameters(), lr=0.1, fused=True)
+
+        @torch.compile(backend="eager", fullgraph=True)
+        def loss():
+            return prompts(ids, words, None, batch).inputs_embeds.sin().sum()
+
+        loss().backward()
+        optimizer.step()
+        with torch.no_grad():
+            got = prompts(ids, words, None, batch).inputs_embeds
+            prompts.keep_table(None)
+            assert torch.equal(got, prompts(ids, words, None, batch).inputs_embeds)
+
+    def test_kept_prompts_survive_the_drop_and_end_with_the_adapter(self):
         prompts = embeddings()
         with torch.no_grad():
             want = run(prompts)
-            prompts.materialize(("red", "green"))
-            prompts.drop_encoders()
+            prompts.keep_table(("red", "green"))
+            prompts.materialize()
             assert torch.equal(run(prompts), want)
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
             prompts.delete_adapter("red")
             assert not torch.equal(run(prompts)[0, :2], want[0, :2]), "a deleted adapter is served"
 
@@ -252,7 +307,7 @@ class TestPromptEmbedding:
 
     def test_tables_and_encoders_make_the_round_trip_together(self):
         prompts = embeddings("lstm")
-        prompts.drop_encoders(["green"])
+        prompts.materialize(["green"])
         again = PromptEmbedding.from_state_dict(prompts.state_dict())
         with torch.no_grad():
             assert same_state(prompts, again) and torch.equal(run(again), run(prompts))
@@ -274,7 +329,7 @@ class TestPromptEmbedding:
     def test_a_changed_shared_network_makes_snapshots_stale(self):
         prompts = shared_embeddings()
         with torch.no_grad():
-            prompts.materialize(("red", "green"))
+            prompts.keep_table(("red", "green"))
             before = run(prompts)
             prompts.shared.mlp_head[2].bias.add_(1)
             assert not torch.equal(run(prompts), before)
@@ -479,7 +534,7 @@ class TestMultitaskPrompts:
             assert torch.equal(got[0, :3], ours.prompt("red")) and torch.equal(got[3, :3], ours.prompt("blue"))
             assert got[2, 3:].eq(0).all()
             for changed in (ours.embedding.weight, ours.prefix_task_cols["red"], ours.prefix_task_rows["red"]):
-                ours.materialize(("red", "green"))
+                ours.keep_table(("red", "green"))
                 before = run(ours)
                 changed.add_(1)
                 assert not torch.equal(run(ours), before), "a stale table is served"
@@ -573,7 +628,7 @@ TYPE_ERRORS = {
     "encoder": (lambda: embeddings().add_adapter("x", linear()), "encoder must be a PromptEncoder, got Linear"),
     "shared-type": (lambda: PromptEmbedding(3), "PromptEmbedding: shared must be a PromptNetwork or None, got int"),
     "shared-tokens": (lambda: PromptEmbedding(table()), "shared must be a PromptNetwork, without pseudo tokens"),
-    "materialize": (lambda: embeddings().materialize("red"), "names must be a sequence of adapter names, got str"),
+    "keep_table": (lambda: embeddings().keep_table("red"), "names must be a sequence of adapter names, got str"),
     "table": (lambda: embeddings().table("red"), "PromptEmbedding: names must be a sequence of adapter names, got str"),
     "load-type": (lambda: embeddings().load_peft_table("x", [1.0]), "table must be a tensor, got list"),
     "forward-ids": (lambda: embeddings()([[1]], words()), "PromptEmbedding: input_ids must be a tensor, got list"),

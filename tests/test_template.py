@@ -50,6 +50,28 @@ def test_the_papers_template_there_and_back(tokenizer):
     assert template.decode(ids) == "P0 P1 P2 [MASK] P3 P4 P5 great film P6 P7 P8"
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "P0..P2 [MASK] P3..P5 {text} P6..P8",
+        "P0 P1 P2 [MASK] P3 P4 P5 {text} P6 P7 P8",
+        "P0..P1 <P> [MASK] <P*3>{text} P6 P7..P8",
+    ],
+)
+def test_numbers_as_decode_writes_them(form, tokenizer):
+    template = Template(form, tokenizer, V)
+    ids = template.encode(text="great film")
+    assert ids == Template("<P*3> [MASK] <P*3> {text} <P*3>", tokenizer, V).encode(text="great film")
+    assert template.num_virtual_tokens == 9
+    back = Template(template.decode(ids), tokenizer, V)
+    assert back.encode() == ids and back.decode(ids) == template.decode(ids)
+
+
+def test_a_number_may_repeat(tokenizer):
+    template = Template("P1 {text} P0..P1", tokenizer, V)
+    assert template.encode(text="film") == [V + 1, 6, V, V + 1] and template.num_virtual_tokens == 2
+
+
 def test_words_and_several_texts(tokenizer):
     template = Template("[CLS]<P>{a} it was [MASK] . <P*2>{b}[SEP]", tokenizer, V)
     ids = template.encode(a="film", b="bad film")
@@ -161,9 +183,9 @@ def test_prompt_embedding_fills_the_form(tokenizer):
     with tasks(rows, DEVICE), torch.no_grad():
         served = prompts.embed(ids, embedding)
         torch.testing.assert_close(served, out)  # without gradients an LSTM takes other kernels
-        prompts.materialize(["blue", "red"])
+        prompts.keep_table(["blue", "red"])
         assert torch.equal(prompts.embed(ids, embedding), served)
-    prompts.eval().drop_encoders()
+    prompts.eval().materialize()
     with torch.no_grad():
         assert torch.equal(prompts.embed(ids, embedding, TaskBatch.of_rows(rows, DEVICE)), served)
     words = ids.clamp(max=V - 1)  # a row of the base model has words alone
@@ -181,7 +203,7 @@ def test_check_compares_the_prompts_with_the_form(tokenizer):
     template, prompts = Template("<P>{text}<P*2>", tokenizer, V), PromptEmbedding()
     prompts.add_adapter("red", PromptEncoder(3, 4))
     prompts.add_adapter("blue", PromptEncoder(2, 4))
-    prompts.drop_encoders(["blue"])
+    prompts.materialize(["blue"])
     template.check(prompts, ["red"])
     template.check(MultitaskPromptEmbedding(["red"], 3, 4))
     text = "^Template.check: prompts must have 3 virtual tokens, as '<P>{text}<P.2>' has, got 2 for 'blue'$"
@@ -204,8 +226,13 @@ def test_bad_input(tokenizer):
         Template("[BOS] {text}", tokenizer, V)
     with pytest.raises(ValueError, match="^Template: padding_side must be 'right' or 'left', got 'both'$"):
         template(text=["film"], padding_side="both")
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="^Template: texts must be lists of one length, got {'a': 1, 'b': 0}$"):
         Template("{a}{b}", tokenizer, V)(a=["film"], b=[])
+    with pytest.raises(TypeError, match="^Template: the texts 'text' must be a list of str, got str$"):
+        template(text="film")
+    with pytest.raises(ValueError, match="form must name its texts otherwise than padding_side"):
+        Template("{padding_side}", tokenizer, V)
+    assert Template("{self}", tokenizer, V)(self=["film"])["input_ids"].tolist() == [[6]]
     with pytest.raises(ValueError, match=r"^Template: max_length must be at least 3, the ids of .* texts, got 2$"):
         Template("<P*2>{text}[MASK]", tokenizer, V, max_length=2)
     with pytest.raises(TypeError, match="^Template: max_length must be an int, got str$"):
@@ -224,9 +251,29 @@ def test_bad_input(tokenizer):
         Template("[MASK]", tokenizer, V).mask_positions(torch.zeros(3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("form", ["<P*0> [MASK]", "<P * 3>", "a <P*> b", "< P>", "<P3>"])
-def test_virtual_tokens_that_are_not_clear(form, tokenizer):
-    with pytest.raises(ValueError, match=r"form must hold virtual tokens as <P> or <P\*n>, n from 1 on, got '<"):
+@pytest.mark.parametrize(
+    "form, wanted, got",
+    [
+        *(
+            (form, "virtual tokens as <P>, <P.n>", "<")
+            for form in ("<P*0> it", "<P * 3>", "it <P*> it", "< P>", "<P3>")
+        ),
+        ("<p*3>", "virtual tokens as <P>", "<p.3>"),
+        ("P0..2 it", "virtual tokens as <P>", "P0..2"),
+        ("it P0-P2", "virtual tokens as <P>", "P0-P2"),
+        ("P0...P2", "virtual tokens as <P>", "P0...P2"),
+        ("P2..P0", "virtual tokens in ascending order", "P2..P0"),
+        ("P0 it P2", "P0 to P2", "P0 it P2' without P1"),
+        ("[mask]", r"special tokens as \[MASK\]", r"\[mask\]"),
+        ("[PAD] it", r"special tokens as \[MASK\]", r"\[PAD\]"),
+        ("{my text}", "texts as {name}", "{my text}"),
+        ("it {}", "texts as {name}", "{}"),
+        ("{text", "texts as {name}", "{text"),
+        ("text}", "texts as {name}", "}"),
+    ],
+)
+def test_what_only_looks_like_a_piece(form, wanted, got, tokenizer):
+    with pytest.raises(ValueError, match=f"Template: form must hold {wanted}.*, got '{got}"):
         Template(form, tokenizer, vocab_size=40)
 
 

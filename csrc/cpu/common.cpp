@@ -30,9 +30,9 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 
 } // namespace
 
-std::string shape_of(const Tensor& t) {
+std::string shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string text = "[";
-  for (int64_t size : t.sizes())
+  for (int64_t size : sizes)
     text += (text.size() > 1 ? ", " : "") + std::to_string(size);
   return text + "]";
 }
@@ -106,12 +106,25 @@ Ids int_ids(const char* op, const char* arg, const Tensor& t) {
   return {static_cast<const char*>(t.data_ptr()), t.numel(), stride * (wide ? 8 : 4), wide};
 }
 
-int64_t first_bad_id(const Tensor& task_ids, int64_t num_tasks) {
-  STD_TORCH_CHECK(num_tasks >= 0, "first_bad_id: num_tasks must not be negative, got ", num_tasks);
-  Ids ids = int_ids("first_bad_id", "task_ids", task_ids);
-  for (int64_t i = 0; i < ids.size; i++)
-    if (ids[i] < kBase || ids[i] >= num_tasks)
+int64_t first_bad_id(const Tensor& ids_in, int64_t low, int64_t end) {
+  Ids ids = int_ids("first_bad_id", "ids", ids_in);
+  for (int64_t i = 0; i < ids.size; i++) {
+    int64_t id = ids[i];
+    if (id < low || id >= end)
       return i;
+  }
+  return -1;
+}
+
+int64_t first_bad_offset(const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
+  Ids offsets = int_ids("first_bad_offset", "cu_seqlens", cu_seqlens);
+  int64_t previous = 0;
+  for (int64_t i = 0; i < offsets.size; i++) {
+    int64_t offset = offsets[i];
+    if (offset < previous || offset > total || offset - previous > (i == 0 ? 0 : max_seqlen))
+      return i;
+    previous = offset;
+  }
   return -1;
 }
 

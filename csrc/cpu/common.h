@@ -75,7 +75,10 @@ struct Rows {
   }
 };
 
-std::string shape_of(const Tensor& t);
+std::string shape_of(torch::headeronly::IntHeaderOnlyArrayRef sizes);
+inline std::string shape_of(const Tensor& t) {
+  return shape_of(t.sizes());
+}
 Dtype float_dtype(const char* op, const char* arg, const Tensor& t);
 Rows float_rows(const char* op, const char* arg, const Tensor& t);
 Rows batch_rows(const char* op, const char* arg, const Tensor& t); // may have more than two dimensions, if contiguous

@@ -39,6 +39,22 @@ Cube float_cube(const char* op, const char* arg, const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), t.size(0), t.size(1), cols, t.stride(0) * size, t.stride(1) * size, dtype};
 }
 
+Integers check_integers(
+    const char* op, const char* arg, const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes, bool may_be_bool) {
+  using torch::headeronly::ScalarType;
+  if (!t)
+    return {nullptr, 8};
+  ScalarType dtype = t->scalar_type();
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Long || dtype == ScalarType::Int || (may_be_bool && dtype == ScalarType::Bool),
+      op, ": ", arg, " must be int32", may_be_bool ? ", int64 or bool" : " or int64", ", got ", torch::headeronly::toString(dtype));
+  auto got = t->sizes();
+  STD_TORCH_CHECK(
+      std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()) && t->is_contiguous(),
+      op, ": ", arg, " must be contiguous, of shape ", shape_of(sizes), ", got shape ", shape_of(*t));
+  return {static_cast<const char*>(t->data_ptr()), dtype == ScalarType::Long ? 8 : dtype == ScalarType::Int ? 4 : 1};
+}
+
 Added check_added(
     const char* op,
     const char* ids_arg,

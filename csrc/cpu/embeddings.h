@@ -19,6 +19,39 @@ struct Cube {
 
 Cube float_cube(const char* op, const char* arg, const Tensor& t);
 
+// Contiguous integers of a width that the output keeps; null data for none.
+struct Integers {
+  const char* data;
+  int64_t size;
+
+  int64_t operator[](int64_t i) const {
+    switch (size) {
+      case 8:
+        return reinterpret_cast<const int64_t*>(data)[i];
+      case 4:
+        return reinterpret_cast<const int32_t*>(data)[i];
+      default:
+        return reinterpret_cast<const uint8_t*>(data)[i];
+    }
+  }
+
+  void set(char* out, int64_t i, int64_t value) const {
+    switch (size) {
+      case 8:
+        reinterpret_cast<int64_t*>(out)[i] = value;
+        break;
+      case 4:
+        reinterpret_cast<int32_t*>(out)[i] = int32_t(value);
+        break;
+      default:
+        reinterpret_cast<uint8_t*>(out)[i] = uint8_t(value);
+    }
+  }
+};
+
+Integers check_integers(
+    const char* op, const char* arg, const std::optional<Tensor>& t, std::initializer_list<int64_t> sizes, bool may_be_bool = false);
+
 // table[ids[slot]], added to each slot where it is present
 struct Added {
   bool present;

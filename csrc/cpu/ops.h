@@ -15,7 +15,12 @@ namespace peft_ops {
 
 using torch::stable::Tensor;
 
-int64_t first_bad_id(const Tensor& task_ids, int64_t num_tasks);
+// the position of the first id outside [low, end), or -1
+int64_t first_bad_id(const Tensor& ids, int64_t low, int64_t end);
+
+// the position of the first offset that does not follow from those before it, or -1: they ascend from 0 to at most total in
+// steps of at most max_seqlen
+int64_t first_bad_offset(const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen);
 
 Tensor ia3_glu(
     const Tensor& gate,
@@ -73,13 +78,25 @@ Tensor prompt_concat(
 
 Tensor prompt_concat_backward(const Tensor& dout, const Tensor& layout, int64_t num_tasks, int64_t P);
 
+// layout, the new cu_seqlens, position_ids, labels, token_map
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> packed_layout(
+    const Tensor& tokens,
+    const Tensor& cu_seqlens,
+    const Tensor& prompts,
+    const std::optional<Tensor>& task_ids,
+    const std::optional<Tensor>& prompt_lengths,
+    const std::optional<Tensor>& labels,
+    int64_t num_rows,
+    bool after_bos);
+
 Tensor prompt_concat_packed(
     const Tensor& tokens,
     const std::optional<Tensor>& embedding,
     const Tensor& prompts,
     const Tensor& layout,
     const Tensor& cu_seqlens,
-    int64_t num_rows);
+    int64_t num_rows,
+    double scale);
 
 Tensor prompt_concat_packed_backward(
     const Tensor& dout, const Tensor& layout, const Tensor& cu_seqlens, int64_t num_tasks, int64_t P);

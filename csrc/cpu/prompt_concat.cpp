@@ -60,50 +60,6 @@ Tokens check_tokens(const char* op, const Tensor& tokens, const std::optional<Te
   return {ids, table, {}, tokens.size(0), tokens.size(1), table.cols, table.dtype};
 }
 
-// Integers [B, S] of a width that the output keeps; null data for none.
-struct Integers {
-  const char* data;
-  int64_t size;
-
-  int64_t operator[](int64_t i) const {
-    switch (size) {
-      case 8:
-        return reinterpret_cast<const int64_t*>(data)[i];
-      case 4:
-        return reinterpret_cast<const int32_t*>(data)[i];
-      default:
-        return reinterpret_cast<const uint8_t*>(data)[i];
-    }
-  }
-
-  void set(char* out, int64_t i, int64_t value) const {
-    switch (size) {
-      case 8:
-        reinterpret_cast<int64_t*>(out)[i] = value;
-        break;
-      case 4:
-        reinterpret_cast<int32_t*>(out)[i] = int32_t(value);
-        break;
-      default:
-        reinterpret_cast<uint8_t*>(out)[i] = uint8_t(value);
-    }
-  }
-};
-
-Integers check_integers(const char* op, const char* arg, const std::optional<Tensor>& t, int64_t B, int64_t S, bool may_be_bool) {
-  using torch::headeronly::ScalarType;
-  if (!t)
-    return {nullptr, 8};
-  ScalarType dtype = t->scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Long || dtype == ScalarType::Int || (may_be_bool && dtype == ScalarType::Bool),
-      op, ": ", arg, " must be int32", may_be_bool ? ", int64 or bool" : " or int64", ", got ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(
-      t->dim() == 2 && t->size(0) == B && t->size(1) == S && t->is_contiguous(),
-      op, ": ", arg, " must be contiguous, of shape [", B, ", ", S, "], got shape ", shape_of(*t));
-  return {static_cast<const char*>(t->data_ptr()), dtype == ScalarType::Long ? 8 : dtype == ScalarType::Int ? 4 : 1};
-}
-
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_layout(
@@ -125,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_layout(
   STD_TORCH_CHECK(!task_ids || ids.size == B, op, ": task_ids must have ", B, " entries, got ", ids.size);
   STD_TORCH_CHECK(
       !prompt_lengths || lengths.size == num_tasks, op, ": prompt_lengths must have ", num_tasks, " entries, got ", lengths.size);
-  Integers mask = check_integers(op, "attention_mask", attention_mask, B, S, true);
-  Integers labels = check_integers(op, "labels", labels_in, B, S, false);
+  Integers mask = check_integers(op, "attention_mask", attention_mask, {B, S}, true);
+  Integers labels = check_integers(op, "labels", labels_in, {B, S});
   int64_t L = P + S;
   Tensor layout_out = empty({B, 4}, ScalarType::Int), positions_out = empty({B, L}, ScalarType::Long);
   Tensor mask_out = empty({B, L}, attention_mask ? attention_mask->scalar_type() : ScalarType::Long);

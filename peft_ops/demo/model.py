@@ -99,11 +99,11 @@ class Encoder(nn.Module):
     def add_prompt(self, name: str, encoder: PromptEncoder) -> list[nn.Parameter]:
         return list(self.prompts.add_adapter(name, encoder.to(self.device)).parameters())
 
-    def materialize(self, names: Sequence[str] | None) -> None:
+    def keep_table(self, names: Sequence[str] | None) -> None:
         """Stack the tables of these adapters once, for serving; ValueError for one that exists nowhere."""
         check_adapters(self, names or ())
         for module in (*self.ia3.values(), self.prompts):
-            module.materialize(names)
+            module.keep_table(names)
 
     def forward(self, texts: Texts, batch: TaskBatch) -> Hidden:
         ids, mask = texts.input_ids, texts.attention_mask

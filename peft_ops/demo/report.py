@@ -176,10 +176,13 @@ def draw_cost(axes, timings: list[Timing], place: str) -> None:
             axes.text(high + 0.02 * widest, y, text, va="center", fontsize=7.5)
     floor = [timing.ratios[AGAIN] for timing in timings]
     low, high = min(1, *(f[1] for f in floor)), max(1, *(f[2] for f in floor))
-    axes.axvspan(low, high, color="#d0d0d0", alpha=0.7, zorder=0, linewidth=0, label="noise: bare model against itself")
-    axes.axvline(1, color="black", linestyle="dashed", linewidth=1)
+    ends = -0.5, len(names) - 0.4  # not through the legend
+    axes.fill_betweenx(
+        ends, low, high, color="#d0d0d0", alpha=0.7, zorder=0, linewidth=0, label="noise: bare model against itself"
+    )
+    axes.vlines(1, *ends, colors="black", linestyles="dashed", linewidth=1)
     axes.set_yticks(range(len(names)), [name.replace(", ", "\n") for name in names], fontsize=8.5)
-    axes.set_ylim(len(names) - 0.4, -1.0)  # first on top, below the legend
+    axes.set_ylim(ends[1], -1.0)  # first on top, below the legend
     axes.set_xlim(0, widest * 1.5)  # room for the numbers
     axes.set_xlabel(f"forward time / bare model's, {place}\n(bars: medians, lines: middle half)", fontsize=9)
     axes.set_title("What serving all tasks in one batch costs", fontsize=11)
@@ -263,7 +266,13 @@ def draw_templates(path: Path, results: dict) -> None:
     for axes, relation in zip(panels, relations, strict=True):
         draw_relation(axes, relation)
     panels[0].legend(ncols=3, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0))
-    panels[-1].set_xlabel("held-out accuracy, %: the answer is first of the whole vocabulary", fontsize=9)
+    told = any(one["told_of"] is not None for relation in relations for pair in relation["pairs"] for one in pair)
+    panels[-1].set_xlabel(
+        "held-out accuracy, %: the answer is first of the whole vocabulary"
+        + "\n(told of: of how many other subjects it has read the fact in the first word's template | the second's)"
+        * told,
+        fontsize=9,
+    )
     figure.suptitle(f"{finding(relations)} ({results['model']})", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -116,7 +116,7 @@ def serve(
     device = encoder.device
     request = build_request(tasks, methods)
     texts = tokens(request.texts, device)
-    encoder.materialize(request.names)
+    encoder.keep_table(request.names)
     adapters = {method: [adapter(method, task.name) for task in tasks] for method in methods}
     servers = {method: PeftServer(load_backbone(path, device), folder, names) for method, names in adapters.items()}
     _, answers = answer(encoder, heads, texts, request)

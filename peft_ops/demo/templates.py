@@ -140,8 +140,8 @@ def serve(asked: Prompted, tasks: list[Task]) -> Served:
     subjects, rows = zip(*((subject, task.name) for task in tasks for subject, _ in task.held_out), strict=True)
     names, prompts = [task.name for task in tasks], asked.prompts.eval()
     trained, encoded = sum(p.numel() for p in prompts.encoders[names[0]].parameters()), asked(subjects, rows, names)
-    prompts.drop_encoders()
-    prompts.materialize(names)
+    prompts.materialize()
+    prompts.keep_table(names)
     mixed, accuracies, difference = asked(subjects, rows, names), {}, 0.0
     for task in tasks:
         own = torch.tensor([name == task.name for name in rows])

@@ -57,7 +57,7 @@ def time_serving(
 
 def mixed_run(encoder: Encoder, texts: Texts, rows: list[str | None]) -> Callable:
     batch = TaskBatch.of_rows(rows, encoder.device)
-    encoder.materialize(batch.names)
+    encoder.keep_table(batch.names)
     return lambda: encoder(texts, batch)
 
 

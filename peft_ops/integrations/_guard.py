@@ -33,6 +33,9 @@ class Tiny(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.words
 
+    def can_generate(self) -> bool:
+        return True
+
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         return kwargs
 

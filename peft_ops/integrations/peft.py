@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 
 from peft_ops.integrations import _fused, _guard, _layers
 from peft_ops.integrations._calls import Call, Shared, calling, current_call, forget_steps, in_backward
-from peft_ops.integrations._prompts import KINDS, by_name, forward_inputs, generate_inputs, has_prompts, without_prompts
+from peft_ops.integrations._prompts import (
+    KINDS,
+    by_name,
+    forward_inputs,
+    generate_with_prompts,
+    has_prompts,
+    option_of,
+    run_with_pads_behind,
+    without_prompts,
+)
 from peft_ops.integrations._swap import Swapped, swap, unswap
 from peft_ops.nn.task_bank import BASE, SlotsInUse, TaskBank
 
@@ -391,10 +401,9 @@ class MixedModel(Swapped):
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
-                return base(**forward_inputs(self, call, by_name(base, args, kwargs)))
-            args, kwargs = without_prompts(self, call, args, kwargs)
+                return run_with_pads_behind(base, base, forward_inputs(self, call, by_name(self, args, kwargs)))
             if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
-                return base(*args, **kwargs)
+                return run_with_pads_behind(base, base, without_prompts(self, by_name(self, args, kwargs)))
             return super().forward(*args, **kwargs)
 
     def generate(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
@@ -407,19 +416,14 @@ class MixedModel(Swapped):
             stack.enter_context(calling(call))
             base = self.get_base_model()
             if has_prompts(self, call):
-                return base.generate(**generate_inputs(self, call, args, kwargs))
+                return generate_with_prompts(self, call, args, kwargs)
             if self.active_peft_config.is_prompt_learning:
-                return base.generate(*args, **kwargs)
+                return run_with_pads_behind(base, partial(base.generate, *args), kwargs)
             return super().generate(*args, **kwargs)
 
     def _repeats(self, kwargs: dict) -> int:
         """How many rows generate() makes of each: its beams, or the sequences that it samples."""
-        configs = kwargs.get("generation_config"), self.get_base_model().generation_config
-        counts = []
-        for name in ("num_beams", "num_return_sequences"):
-            values = kwargs.get(name), *(getattr(config, name, None) for config in configs)
-            counts.append(next((value for value in values if value is not None), 1))
-        return max(counts)
+        return max(option_of(self.get_base_model(), kwargs, f"num_{of}") or 1 for of in ("beams", "return_sequences"))
 
     def _unnamed(self) -> Call:
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""

@@ -70,7 +70,7 @@ class IA3Linear(AdapterModule):
         return torch.stack(rows)
 
     @torch.no_grad()
-    def materialize(self, names: Sequence[str] | None) -> None:
+    def keep_table(self, names: Sequence[str] | None) -> None:
         """Keep the table of these adapters for batches without gradients; None drops all.
 
         It is served until a vector changes: by a torch operation, by another vector under its name, or by a forward
@@ -87,11 +87,11 @@ class IA3Linear(AdapterModule):
         return stamp(self.ia3_l[name] for name in names if name in self.ia3_l)
 
     def _served_table(self, names: tuple[str, ...]) -> Tensor | None:
-        """The materialized table while it is true; never in traced code, which would keep it for ever."""
-        if torch.compiler.is_compiling():
-            return None
+        """The kept table while it is true; never in traced code, which would keep it for ever."""
         if torch.is_grad_enabled():
-            self._served.clear()
+            self._served = {}  # traced, a plain assignment, which the graph's caller runs too
+            return None
+        if torch.compiler.is_compiling():
             return None
         kept, table = self._served.get(names, (None, None))
         if table is None:

@@ -91,7 +91,11 @@ class MultitaskPromptEmbedding(FromTokens, PromptModule):
 
     @classmethod
     def from_state_dict(cls, names: Sequence[str], state: Mapping[str, Tensor]) -> "MultitaskPromptEmbedding":
-        """Rebuild from a state dict of this module, a live PEFT module, or what PEFT saved; names in its order."""
+        """Rebuild from a state dict of this module, a live PEFT module, or what PEFT saved; names in its order.
+
+        PEFT's modules for sequence-to-sequence models hold P rows for the encoder and then P for the decoder: give
+        their halves, of `embedding.weight` and `prefix_task_cols`, to two modules.
+        """
         op = "MultitaskPromptEmbedding.from_state_dict"
         names = check_names(op, "names", names)
         check_type(op, "state", state, Mapping, "a state dict")

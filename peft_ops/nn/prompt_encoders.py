@@ -70,7 +70,7 @@ class PromptNetwork(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], encoder_dropout: float = 0.0) -> "PromptNetwork":
-        """Rebuild from a state dict, also from that of a live peft.PromptEncoder: type and sizes are its shapes.
+        """Rebuild from a state dict: type and sizes are its shapes.
 
         The dropout leaves no trace in a state dict: say it again to train on.
         """
@@ -193,6 +193,7 @@ class PromptEncoder(FromTokens, PromptNetwork):
         encoder_dropout: float = 0.0,
     ):
         nn.Module.__init__(self)
+        self._num_read: int | None = None
         check_size("PromptEncoder", "num_virtual_tokens", num_virtual_tokens)
         self._build(
             token_dim,
@@ -218,12 +219,42 @@ class PromptEncoder(FromTokens, PromptNetwork):
             raise ValueError(f"PromptEncoder.lama: token_dim must be even, got {token_dim}")
         return cls(num_virtual_tokens, token_dim, "lstm", token_dim // 2, 2, lstm_dropout)
 
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], encoder_dropout: float = 0.0, num_virtual_tokens: int | None = None
+    ) -> "PromptEncoder":
+        """Rebuild from a state dict, also from that of a live peft.PromptEncoder: type and sizes are its shapes.
+
+        What leaves no trace in a state dict has to be said again: the LSTM's dropout, to train on, and how much of the
+        output is read.
+
+        Args:
+            num_virtual_tokens: P; None: all that the encoder makes. PEFT's encoders for sequence-to-sequence models
+                have 2 P pseudo tokens (num_transformer_submodules 2), all of which go through the network, and PEFT
+                reads the first P of what comes out: give P of those.
+
+        Raises:
+            ValueError: keys that no encoder has; more tokens than the encoder makes.
+        """
+        encoder = super().from_state_dict(state, encoder_dropout)
+        if num_virtual_tokens is not None:
+            check_size("PromptEncoder.from_state_dict", "num_virtual_tokens", num_virtual_tokens)
+            made = encoder.embedding.num_embeddings
+            if num_virtual_tokens > made:
+                raise ValueError(
+                    f"PromptEncoder.from_state_dict: num_virtual_tokens must be at most {made}, as the encoder makes, "
+                    f"got {num_virtual_tokens}"
+                )
+            encoder._num_read = None if num_virtual_tokens == made else num_virtual_tokens
+        return encoder
+
     @property
     def num_virtual_tokens(self) -> int:
-        return self.embedding.num_embeddings
+        return self.embedding.num_embeddings if self._num_read is None else self._num_read
 
     def forward(self) -> Tensor:
-        return super().forward(self.embedding.weight)
+        prompt = super().forward(self.embedding.weight)
+        return prompt if self._num_read is None else prompt[: self._num_read]
 
 
 class PromptTable(nn.Module):

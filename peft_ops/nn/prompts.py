@@ -96,11 +96,12 @@ class PromptEmbedding(PromptModule):
         for module in modules:
             yield from (*module.parameters(), *module.buffers())
 
-    def drop_encoders(self, names: Sequence[str] | None = None) -> None:
+    def materialize(self, names: Sequence[str] | None = None) -> None:
         """Replace encoders by the tables they compute, bit by bit what they serve: for inference alone, and for good.
 
-        A shared network goes with the last adapter that needs it. Parameters that an optimizer holds are no longer
-        those of the module.
+        What they serve without gradients, that is: where gradients are enabled, an LSTM on a CPU takes other kernels,
+        which round otherwise. A shared network goes with the last adapter that needs it. Parameters that an optimizer
+        holds are no longer those of the module.
 
         Args:
             names: adapters; None: all.
@@ -156,13 +157,21 @@ class PromptEmbedding(PromptModule):
             return {"prompt_embeddings": self.prompt(name).detach().to("cpu", copy=True).contiguous()}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], encoder_dropout: float = 0.0) -> "PromptEmbedding":
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        encoder_dropout: float = 0.0,
+        num_virtual_tokens: Mapping[str, int] | None = None,
+    ) -> "PromptEmbedding":
         """Rebuild the module that a state dict is of, adapters, encoders, tables and shared network.
 
-        The dropout of LSTMs leaves no trace in a state dict: say it again to train on.
+        Args:
+            state: keys start with `encoders.` and `shared.`: strip the prefix that a parent module puts before them.
+            encoder_dropout: of the LSTMs, of which a state dict has no trace; to train on.
+            num_virtual_tokens: P of adapters whose encoders make more than is read (PromptEncoder.from_state_dict).
 
         Raises:
-            ValueError: a key that no PromptEmbedding has.
+            ValueError: a key that no PromptEmbedding has; a number for no encoder of the state.
         """
         check_type("PromptEmbedding", "state", state, Mapping, "a state dict")
         own: dict[str, dict[str, Tensor]] = {}
@@ -176,10 +185,14 @@ class PromptEmbedding(PromptModule):
                 own.setdefault(name, {})[inner] = value
             else:
                 raise ValueError(f"PromptEmbedding: state must hold encoders.<adapter>.* and shared.*, got {key!r}")
+        read = dict(num_virtual_tokens or {})
         module = cls(PromptNetwork.from_state_dict(shared, encoder_dropout) if shared else None)
         for name, parts in own.items():
             if "prompt_embeddings" in parts:
                 module.load_peft_table(name, parts["prompt_embeddings"])
             else:
-                module.add_adapter(name, PromptEncoder.from_state_dict(parts, encoder_dropout))
+                module.add_adapter(name, PromptEncoder.from_state_dict(parts, encoder_dropout, read.pop(name, None)))
+        if read:
+            encoders = [name for name, parts in own.items() if "prompt_embeddings" not in parts]
+            raise ValueError(f"PromptEmbedding: num_virtual_tokens must name encoders of {encoders}, got {list(read)}")
         return module

@@ -39,7 +39,11 @@ class TaskBatch:
     def of_rows(
         cls, rows: Sequence[str | None], device: torch.device | str = "cpu", names: Sequence[str] | None = None
     ) -> "TaskBatch":
-        """One adapter name per row, None for the base model. `names` fixes the order; default: of first appearance."""
+        """One adapter name per row, None for the base model. `names` fixes the order; default: of first appearance.
+
+        All of `names` are computed, and in training one without a row gets a gradient of zeros, which some optimizers
+        move it by: give it for batches of fixed shapes, of a captured graph say.
+        """
         rows = check_names("TaskBatch", "rows", rows)
         if names is None:
             names = tuple(dict.fromkeys(name for name in rows if name is not None))

@@ -1,4 +1,4 @@
-"""Templates of virtual tokens around a text: P-Tuning's (3, 3, 3) is `<P*3> [MASK] <P*3> {text} <P*3>`."""
+"""Templates of virtual tokens around a text: P-Tuning's (3, 3, 3) is `P0..P2 [MASK] P3..P5 {text} P6..P8`."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,23 +10,33 @@ from peft_ops._checks import IDS, check_tensor
 from peft_ops.nn.adapters import check_known_name, check_size, check_type
 from peft_ops.nn.prompt_module import PromptModule
 
-VIRTUAL = re.compile(r"<\s*P[\s*\d]*>")
-PIECE = re.compile(r"(<P(?:\*\d+)?>|\[(?:MASK|CLS|SEP|BOS|EOS)\]|\{\w+\})")
+PIECE = re.compile(r"(<P(?:\*[1-9]\d*)?>|(?<!\S)P\d+(?:\.\.P\d+)?(?!\S)|\[(?:MASK|CLS|SEP|BOS|EOS)\]|\{[^\W\d]\w*\})")
+# what only looks like a piece would silently be text; how it is to be written
+MISTAKES = {
+    re.compile(r"<\s*p\s*[*\d\s-]*>", re.I): "virtual tokens as <P>, <P*n>, n from 1 on, P0 or P0..P2",
+    re.compile(r"\bp\d+\s*(?:\.\.+|-)\s*p?\d+\b", re.I): "virtual tokens as <P>, <P*n>, n from 1 on, P0 or P0..P2",
+    re.compile(
+        r"\[\s*(?:[A-Z]+|(?i:mask|cls|sep|bos|eos))\s*\]"
+    ): "special tokens as [MASK], [CLS], [SEP], [BOS] or [EOS]",
+    re.compile(r"\{[^{}]*\}?|\}"): "texts as {name}, a name that Python could have",
+}
 
 
 class Template:
     """Turns texts into ids for `peft_ops.prompt_embed`, in which the virtual tokens are vocab_size, vocab_size + 1, ...
 
     Args:
-        form: `<P>` or `<P*n>`: virtual tokens, numbered in order; `[MASK]`, `[CLS]`, `[SEP]`, `[BOS]`, `[EOS]`: the
-            tokenizer's; `{name}`: a text that the caller gives; anything else is encoded as it stands, stripped.
+        form: `P0`, `P0..P2`: virtual tokens, as `decode` writes them; `<P>`, `<P*n>`: the next one, or n; `[MASK]`,
+            `[CLS]`, `[SEP]`, `[BOS]`, `[EOS]`: the tokenizer's; `{name}`: a text that the caller gives; anything else
+            is encoded as it stands, stripped. Numbers may repeat, and leave out none below the highest.
         tokenizer: encodes and decodes as Hugging Face's do, with `mask_token_id`, `pad_token_id` and the like.
         vocab_size: rows of the model's embedding, which may be more than the tokenizer knows.
         max_length: ids of a sequence, at most: texts are cut, the longest first, at the tokenizer's `truncation_side`,
             and nothing else is. None: as long as they come.
 
     Raises:
-        ValueError: a special token that the tokenizer does not have; a max_length that leaves out more than texts.
+        ValueError: a special token that the tokenizer does not have; what only looks like a piece (`<p*3>`, `[mask]`,
+            `{a text}`); a gap in the virtual tokens' numbers; a max_length that leaves out more than texts.
     """
 
     def __init__(self, form: str, tokenizer, vocab_size: int, max_length: int | None = None):
@@ -34,17 +44,19 @@ class Template:
         check_size("Template", "vocab_size", vocab_size)
         if not hasattr(tokenizer, "encode"):
             raise TypeError(f"Template: tokenizer must encode and decode, got {type(tokenizer).__name__}")
-        for virtual in VIRTUAL.findall(form):
-            if not re.fullmatch(r"<P(\*[1-9]\d*)?>", virtual):
-                raise ValueError(
-                    f"Template: form must hold virtual tokens as <P> or <P*n>, n from 1 on, got {virtual!r}"
-                )
         self.form, self.tokenizer, self.vocab_size, self.max_length = form, tokenizer, vocab_size, max_length
         self.num_virtual_tokens, self._special, self._pieces = 0, {}, []
         for piece in filter(None, map(str.strip, PIECE.split(form))):
             if not PIECE.fullmatch(piece):
+                for mistake, wanted in MISTAKES.items():
+                    if found := mistake.search(piece):
+                        raise ValueError(f"Template: form must hold {wanted}, got {found[0]!r}")
                 self._pieces.append(self._encode(piece))
             elif piece[0] == "{":
+                if piece == "{padding_side}":
+                    raise ValueError(
+                        "Template: form must name its texts otherwise than padding_side, got {padding_side}"
+                    )
                 self._pieces.append(piece[1:-1])
             elif piece[0] == "[":
                 token = getattr(tokenizer, f"{piece[1:-1].lower()}_token_id", None)
@@ -53,9 +65,13 @@ class Template:
                 self._special[token] = piece
                 self._pieces.append(self._known([token]))
             else:
-                start = vocab_size + self.num_virtual_tokens
-                self.num_virtual_tokens += int(piece[3:-1] or 1)
-                self._pieces.append(list(range(start, vocab_size + self.num_virtual_tokens)))
+                self._pieces.append([vocab_size + i for i in self._virtual(piece)])
+        numbers = {i - vocab_size for piece in self._pieces if not isinstance(piece, str) for i in piece}
+        gap = next((i for i in range(self.num_virtual_tokens) if i not in numbers), None)
+        if gap is not None:
+            raise ValueError(
+                f"Template: form must hold P0 to P{self.num_virtual_tokens - 1}, got {form!r} without P{gap}"
+            )
         fixed = [i for piece in self._pieces if not isinstance(piece, str) for i in piece]
         self._num_fixed, mask = len(fixed), getattr(tokenizer, "mask_token_id", None)
         self.num_masks = fixed.count(mask)
@@ -67,6 +83,18 @@ class Template:
 
     def __repr__(self) -> str:
         return f"Template({self.form!r}, num_virtual_tokens={self.num_virtual_tokens})"
+
+    def _virtual(self, piece: str) -> range:
+        """The numbers of a piece of virtual tokens."""
+        if piece[0] == "<":
+            first, last = self.num_virtual_tokens, self.num_virtual_tokens + int(piece[3:-1] or 1) - 1
+        else:
+            first, *rest = (int(number) for number in re.findall(r"\d+", piece))
+            last = rest[0] if rest else first
+            if last < first:
+                raise ValueError(f"Template: form must hold virtual tokens in ascending order, got {piece!r}")
+        self.num_virtual_tokens = max(self.num_virtual_tokens, last + 1)
+        return range(first, last + 1)
 
     def _encode(self, text: str) -> list[int]:
         return self._known(list(self.tokenizer.encode(text, add_special_tokens=False)))
@@ -98,13 +126,18 @@ class Template:
                 room, left = room - keep, left - 1
         return ids
 
-    def encode(self, **texts: str) -> list[int]:
+    def encode(self, /, **texts: str) -> list[int]:
         """The ids of one sequence."""
         ids = self._texts(texts)
         return [i for piece in self._pieces for i in (ids[piece] if isinstance(piece, str) else piece)]
 
-    def __call__(self, padding_side: str = "right", **texts: Sequence[str]) -> dict[str, Tensor]:
+    def __call__(self, /, padding_side: str = "right", **texts: Sequence[str]) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, S] of texts given as lists, padded to the longest."""
+        for name, column in texts.items():
+            check_type("Template", f"the texts {name!r}", column, (list, tuple), "a list of str")
+        sizes = {name: len(column) for name, column in texts.items()}
+        if len({*sizes.values()}) > 1:
+            raise ValueError(f"Template: texts must be lists of one length, got {sizes}")
         rows = [self.encode(**dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True)]
         if padding_side not in ("right", "left"):
             raise ValueError(f"Template: padding_side must be 'right' or 'left', got {padding_side!r}")

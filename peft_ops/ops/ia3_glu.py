@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
@@ -23,6 +22,7 @@ from peft_ops.ops.ia3_linear import (
     aligned,
     as_matrix,
     autocast,
+    autocast_enabled,
     capability_of,
     check_layer,
     is_fused,
@@ -30,6 +30,8 @@ from peft_ops.ops.ia3_linear import (
     persistent,
     plan_arguments,
     split_workspace,
+    times_weight,
+    vendor_linear,
 )
 from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, shaped, sum_chunks
 from peft_ops.ops.task_plan import per_sequence
@@ -131,7 +133,9 @@ def glu_forward(
     if use_triton(op, gate):
         return shaped(launch_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
     if use_native("ia3_glu", gate):
-        return shaped(native.ia3_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
+        if gate.is_contiguous() and up.is_contiguous() and gate.dim() > 1:  # the C++ kernel takes any dimensions
+            return _native_glu(gate, up, ia3_l, task_ids, activation)
+        return shaped(_native_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
     return shaped(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
 
 
@@ -196,16 +200,15 @@ def _ia3_glu_linear(
     x, gate_weight, up_weight, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
 ):
     op = "ia3_glu_linear"
-    lead, rows = (*x.shape[:-1], gate_weight.shape[0]), as_rows(x)
-    weights = gate_weight, up_weight
+    lead, weights = (*x.shape[:-1], gate_weight.shape[0]), (gate_weight, up_weight)
     # transposed or sliced weights are the vendor's: the kernels walk along K in two weights with one stride
-    if all(w.is_contiguous() for w in weights) and is_fused(op, rows, *weights, gated=True):
+    if use_triton(op, x) and all(w.is_contiguous() for w in weights) and is_fused(op, as_rows(x), *weights, gated=True):
         check_ids_in_range(op, task_ids, ia3_l.shape[0])
         h, g, u = launch_glu_linear(
-            rows, *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
+            as_rows(x), *weights, gate_bias, up_bias, ia3_l, task_ids, plan, rows_per_id, activation, save
         )
     else:
-        g, u = F.linear(x, gate_weight, gate_bias), F.linear(x, up_weight, up_bias)
+        g, u = vendor_linear(x, gate_weight, gate_bias), vendor_linear(x, up_weight, up_bias)
         h = glu_forward(op, g, u, ia3_l, task_ids, activation)
     if not save:
         return shaped(h, lead), x.new_empty(0), x.new_empty(0)
@@ -246,7 +249,7 @@ def _glu_linear_backward(ctx, dh, *_):
     (dg, du), dl = glu_backward(dh, g, u, ia3_l, task_ids, ctx.activation, need_dx, need_l)
     dx = None
     if need_x:  # both products into one dx: no third tensor of its size, no addition of its own
-        dx = (as_matrix(dg) @ gate_weight).addmm_(as_matrix(du), up_weight).view(*dh.shape[:-1], up_weight.shape[1])
+        dx = times_weight(du, up_weight, onto=times_weight(dg, gate_weight))
     rows = None if x is None else as_matrix(x)
     dgw, duw = (as_matrix(d).t() @ rows if need else None for d, need in ((dg, need_gw), (du, need_uw)))
     dgb, dub = (as_matrix(d).sum(0) if need else None for d, need in ((dg, need_gb), (du, need_ub)))
@@ -348,7 +351,8 @@ def ia3_glu_linear(
     """
     op = "ia3_glu_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, gate_weight, up_weight, gate_bias, up_bias = autocast(x, gate_weight, up_weight, gate_bias, up_bias)
+    if autocast_enabled(x):
+        x, gate_weight, up_weight, gate_bias, up_bias = autocast(x, gate_weight, up_weight, gate_bias, up_bias)
     check_layer(op, x, gate_weight, gate_bias, "gate_weight", "gate_bias")
     check_layer(op, x, up_weight, up_bias, "up_weight", "up_bias")
     if gate_weight.shape != up_weight.shape:

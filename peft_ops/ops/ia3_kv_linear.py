@@ -1,11 +1,10 @@
 """Two linear layers over one x, each with its own (IA)^3 vector: k = (x Wk^T) * lk[t], v = (x Wv^T) * lv[t]."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels
+from peft_ops._backend import LazyKernels, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor, shape
 from peft_ops._launch import launch
 from peft_ops._library import Operator, needs_gradient, use_reference
@@ -13,6 +12,7 @@ from peft_ops.ops import ia3_linear as single
 from peft_ops.ops.ia3_linear import (
     aligned,
     autocast,
+    autocast_enabled,
     capability_of,
     launch_linear,
     launch_with_scratch,
@@ -20,6 +20,7 @@ from peft_ops.ops.ia3_linear import (
     persistent,
     plan_arguments,
     split_workspace,
+    vendor_linear,
 )
 from peft_ops.ops.ia3_scale import as_rows, scale_forward, shaped
 from peft_ops.ops.task_plan import per_sequence
@@ -101,13 +102,13 @@ def launch_kv(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, r
 def _ia3_kv_linear(x, k_weight, v_weight, k_bias, v_bias, k_l, v_l, task_ids, plan, rows_per_id, save):
     op = "ia3_kv_linear"
     nothing = x.new_empty(0)
-    lead = x.shape[:-1]
     sides = (k_weight, k_bias, k_l), (v_weight, v_bias, v_l)
-    rows = as_rows(x)
-    if not single.is_fused(op, rows, k_weight, v_weight) or rows.shape[0] == 0:
-        zs = [F.linear(x, weight, bias) for weight, bias, _ in sides]
+    fused = use_triton(op, x) and x.numel() > 0 and single.is_fused(op, as_rows(x), k_weight, v_weight)
+    if not fused:
+        zs = [vendor_linear(x, weight, bias) for weight, bias, _ in sides]
         k, v = (scale_forward(op, z, table, task_ids) for z, (_, _, table) in zip(zs, sides, strict=True))
         return k, v, *((z.contiguous() for z in zs) if save else (nothing, x.new_empty(0)))
+    rows, lead = as_rows(x), x.shape[:-1]
     check_ids_in_range(op, task_ids, k_l.shape[0])
     one_launch = (
         not save
@@ -204,7 +205,8 @@ def ia3_kv_linear(
     """
     op = "ia3_kv_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, k_weight, v_weight, k_bias, v_bias = autocast(x, k_weight, v_weight, k_bias, v_bias)
+    if autocast_enabled(x):
+        x, k_weight, v_weight, k_bias, v_bias = autocast(x, k_weight, v_weight, k_bias, v_bias)
     has_ids = task_ids is not None
     k_N, _ = single.check_layer(op, x, k_weight, k_bias, "k_weight", "k_bias")
     k_l = check_table(op, "k_ia3_l", k_ia3_l, k_N, x, has_ids)

@@ -244,20 +244,45 @@ def feedforward_is_fused(op: str, x: Tensor, weight: Tensor, task_ids: Tensor | 
     return tiles.feedforward_is_fused(M, N, K, capability_of(x)[0])
 
 
+def _has_amx() -> bool:
+    known = getattr(
+        torch.cpu, "_is_amx_tile_supported", None
+    )  # private: where it is missing, rows are padded for naught
+    return known is None or known()
+
+
+def rows_apart(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] and weight [N, K] for the vendor's matmul, so that no row of x reaches another's result.
+
+    On a CPU with AMX oneDNN's bf16 matmul takes what follows a row whose length is no multiple of 32, the next row,
+    times zero: a NaN or Inf there is a NaN here (torch 2.13: odd K, 34, 68, ...; not 64, nor most multiples of 8).
+    Zeros that fill the rows give the same sums.
+    """
+    short = -x.shape[-1] % 32
+    if not short or x.dtype is not torch.bfloat16 or not x.is_cpu or not _has_amx():
+        return x, weight
+    return F.pad(x, (0, short)), F.pad(weight, (0, short))
+
+
+def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(*rows_apart(x, weight), bias)
+
+
 def _ia3_linear(x, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, is_feedforward, save):
     op = "ia3_linear"
     nothing = x.new_empty(0)
-    rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
+    if use_triton(op, x):
+        rows, lead = as_rows(x), (*x.shape[:-1], weight.shape[0])
+        if is_feedforward and feedforward_is_fused(op, rows, weight, task_ids, rows_per_id):
+            check_ids_in_range(op, task_ids, ia3_l.shape[0])
+            return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
+        if not is_feedforward and is_fused(op, rows, weight):
+            check_ids_in_range(op, task_ids, ia3_l.shape[0])
+            y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
+            return shaped(y, lead), shaped(z, lead) if save else nothing
     if is_feedforward:
-        if not feedforward_is_fused(op, rows, weight, task_ids, rows_per_id):
-            return F.linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
-        check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        return shaped(launch_feedforward(rows, weight, bias, ia3_l, task_ids), lead), nothing
-    if is_fused(op, rows, weight):
-        check_ids_in_range(op, task_ids, ia3_l.shape[0])
-        y, z = launch_linear(rows, weight, bias, ia3_l, task_ids, plan, rows_per_id, activation, save)
-        return shaped(y, lead), shaped(z, lead) if save else nothing
-    z = F.linear(x, weight, bias)
+        return vendor_linear(scale_forward(op, x, ia3_l, task_ids), weight, bias).contiguous(), nothing
+    z = vendor_linear(x, weight, bias)
     y = scale_forward(op, z, ia3_l, task_ids, activation)
     return y, z.contiguous() if save else nothing
 
@@ -292,6 +317,14 @@ def as_matrix(t: Tensor) -> Tensor:
     return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
+def times_weight(dz: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """dz [..., N] times weight [N, K]; added to `onto`, in place, if that is given."""
+    dz, weight_t = rows_apart(dz, weight.t())
+    if onto is None:
+        return dz @ weight_t.t()
+    return as_matrix(onto).addmm_(as_matrix(dz), weight_t.t()).view(onto.shape)
+
+
 def linear_backward(
     dy, x, weight, ia3_l, task_ids, z, activation, needs: tuple[bool, bool, bool, bool], onto: Tensor | None = None
 ):
@@ -302,7 +335,7 @@ def linear_backward(
     dz, dl = scale_backward(dy, dy if z is None else z, ia3_l, task_ids, activation, need_dz, need_l)
     dx = onto
     if need_x:
-        dx = dz @ weight if onto is None else as_matrix(onto).addmm_(as_matrix(dz), weight).view(onto.shape)
+        dx = times_weight(dz, weight, onto)
     dweight = as_matrix(dz).t() @ as_matrix(x) if need_weight else None
     return dx, dweight, as_matrix(dz).sum(0) if need_bias else None, dl
 
@@ -315,7 +348,7 @@ def _backward(ctx, dy, _):
         return *grads, None, None, None, None, None, None
     dx = dl = dweight = None
     if need_x or need_l:
-        dscaled = dy @ weight
+        dscaled = times_weight(dy, weight)
         dx, dl = scale_backward(dscaled, dscaled if x is None else x, ia3_l, task_ids, None, need_x, need_l)
     if need_weight:
         scaled = _scale_op(x, ia3_l, task_ids, None)
@@ -331,12 +364,14 @@ def _scale_op(x, ia3_l, task_ids, activation):
 _op = Operator("ia3_linear", _ia3_linear, _ia3_linear_fake, _setup_context, _backward)
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """What F.linear's autocast rule makes of x, weight and bias; ia3_l keeps its dtype."""
+def autocast_enabled(x: Tensor) -> bool:
     kind = "cpu" if x.is_cpu else x.device.type  # the string is made anew each time
-    if not ((kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)):
-        return [x, *tensors]
-    dtype = torch.get_autocast_dtype(kind)
+    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What F.linear's rule makes of x, weight and bias where autocast is enabled; ia3_l keeps its dtype."""
+    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t):
         wanted = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
@@ -400,7 +435,8 @@ def ia3_linear(
     """
     op = "ia3_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
-    x, weight, bias = autocast(x, weight, bias)
+    if autocast_enabled(x):
+        x, weight, bias = autocast(x, weight, bias)
     N, K = check_layer(op, x, weight, bias)
     check_activation(op, activation)
     if activation is not None and is_feedforward:

@@ -131,9 +131,13 @@ def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, ac
     """act(x) * ia3_l[t], contiguous. The elementwise half of every (IA)^3 operator: ids checked, kernel chosen."""
     check_ids_in_range(op, task_ids, ia3_l.shape[0])
     if use_native("ia3_scale", x, fused=task_ids is not None or activation is not None):
-        return shaped(native.ia3_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+        if x.is_contiguous() and x.dim() > 1 and x.is_cpu:  # the C++ kernel for a CPU takes any dimensions
+            return _native_scale(x, ia3_l, task_ids, activation)
+        return shaped(_native_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if use_triton(op, x):
         return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
+    if task_ids is None and activation is None and x.dtype is ia3_l.dtype is torch.float32:
+        return shaped((x * ia3_l[0]).contiguous(), x.shape)  # the reference, without 3 us of conversions to itself
     return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
 
 

@@ -11,7 +11,9 @@ from peft_ops._checks import (
     INTEGERS,
     check_added,
     check_added_in_range,
+    check_bool,
     check_ids_in_range,
+    check_length,
     check_prompts,
     check_tensor,
     check_tokens,
@@ -148,6 +150,10 @@ def _prompt_concat(
             check_added_in_range("prompt_concat", _added(layout, positions, token_map, *tables), position_offset)
         return outputs
     sizes = B, S, num_tasks, P
+    if on_native and tokens.is_cpu:
+        tokens, embedding, prompts, attention_mask, labels = (
+            None if t is None else t.contiguous() for t in (tokens, embedding, prompts, attention_mask, labels)
+        )
     if on_native and tokens.is_cpu and (attention_mask is None or attention_mask.dtype in (torch.bool, *IDS)):
         layout, mask, positions, labels, token_map = native.prompt_layout(
             tokens, prompts, task_ids, prompt_lengths, attention_mask, labels, left, after_bos
@@ -262,7 +268,7 @@ def prompt_concat(
     inputs_embeds: Tensor | None = None,
     padding_side: str = "right",
     after_bos: bool = False,
-    embed_scale: float = 1.0,
+    embed_scale: float = 1,  # no 1.0: torch.compile traces a default that is a float twice
     position_embedding: Tensor | None = None,
     position_offset: int = 0,
     token_type_embedding: Tensor | None = None,
@@ -322,6 +328,7 @@ def prompt_concat(
             check_tensor(op, arg, value, dtypes=IDS if arg == "labels" else (*FLOATS, *INTEGERS), dim=2, like=prompts)
             if shape(value) != [B, S]:
                 raise ValueError(f"{op}: {arg} must have shape [{B}, {S}], got {shape(value)}")
+    check_bool(op, "after_bos", after_bos)
     if padding_side not in ("right", "left"):
         raise ValueError(f"{op}: padding_side must be 'right' or 'left', got {padding_side!r}")
     added = dict(
@@ -329,10 +336,7 @@ def prompt_concat(
         token_type_embedding=token_type_embedding, token_type_ids=token_type_ids,
     )  # fmt: skip
     check_added(op, tokens, prompts, **added)
-    if max_position_embeddings is not None and P + S > max_position_embeddings:
-        raise ValueError(
-            f"{op}: max_position_embeddings must be at least P + S = {P} + {S}, got {max_position_embeddings}"
-        )
+    check_length(op, max_position_embeddings, "P + S", P, S)
     if use_reference(prompts):
         return reference.prompt_concat(
             input_ids, embedding, prompts, task_ids, prompt_lengths=prompt_lengths, attention_mask=attention_mask,
@@ -343,6 +347,6 @@ def prompt_concat(
         labels, token_type_ids,
     )  # fmt: skip
     args = [None if t is None else t.contiguous() for t in tensors]
-    scalars = position_offset, float(embed_scale), padding_side == "left", bool(after_bos)
+    scalars = position_offset, float(embed_scale), padding_side == "left", after_bos
     out, mask, positions, out_labels, token_map, _ = _op(*args, *scalars, differentiable=args[:5])
     return PromptBatch(out, mask, positions, None if labels is None else out_labels, token_map)

@@ -5,15 +5,27 @@ from torch import Tensor
 
 from peft_ops import reference
 from peft_ops._backend import DEBUG, INTERPRET, LazyKernels, use_triton
-from peft_ops._checks import IDS, check_ids_in_range, check_prompts, check_tensor, check_tokens, shape
+from peft_ops._checks import (
+    IDS,
+    check_bool,
+    check_embed_scale,
+    check_ids_in_range,
+    check_length,
+    check_prompts,
+    check_tensor,
+    check_tokens,
+    shape,
+)
 from peft_ops._launch import launch
-from peft_ops._library import Operator, native, use_native, use_reference
+from peft_ops._library import Operator, has_native, native, use_native, use_reference
 from peft_ops.reference import PackedPromptBatch
 
 kernels, tiles = LazyKernels("prompt_concat_packed"), LazyKernels("tiles")
 
 
-def launch_packed(tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos):
+def launch_packed(
+    tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, embed_scale, after_bos
+):
     """The five tensors of a PackedPromptBatch (labels empty if there are none) and the layout, int32 [B + 1, 4].
     Two launches."""
     (num_tasks, P, E), total, B = prompts.shape, tokens.shape[0], cu_seqlens.shape[0] - 1
@@ -25,6 +37,7 @@ def launch_packed(tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengt
     def new(*size, dtype=torch.int32):
         return torch.empty(size, dtype=dtype, device=tokens.device)
 
+    scale = 1.0 if embedding is None else reference.scale_of(embed_scale, embedding.dtype)
     out = new(num_rows, E, dtype=(tokens if embedding is None else embedding).dtype)
     positions, token_map = new(num_rows, dtype=torch.int64), new(num_rows, dtype=torch.int64)
     out_labels = new(0, dtype=torch.int64) if labels is None else new(num_rows, dtype=labels.dtype)
@@ -45,7 +58,8 @@ def launch_packed(tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengt
                 tokens, embedding, prompts, labels, out_cu_seqlens, layout,
                 out, positions, out_labels, token_map,
                 num_rows, B, P, E, 0 if embedding is None else embedding.shape[0], tiles.next_power_of_2(B + 1) // 2,
-                HAS_TABLE=embedding is not None, HAS_LABELS=labels is not None, **tile,
+                scale,
+                HAS_TABLE=embedding is not None, HAS_LABELS=labels is not None, SCALES=scale != 1.0, **tile,
             )  # fmt: skip
     return out, out_cu_seqlens, positions, out_labels, token_map, layout
 
@@ -90,49 +104,65 @@ def _check_offsets(cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
         raise ValueError(f"{op}: max_seqlen must be at least {length}, as sequence {b} has, got {max_seqlen}")
 
 
+def _check_room(covered: int | None, layout: Tensor, P: int, num_rows: int) -> None:
+    """ValueError where num_rows does not hold `covered` tokens and the prompts of `layout`; None: nobody may ask."""
+    if covered is None or num_rows >= covered + (layout.shape[0] - 1) * P:  # room for whole prompts
+        return
+    needed = covered + int(layout[:, 3].sum())
+    if needed > num_rows:
+        raise ValueError(
+            f"prompt_concat_packed: num_rows must be at least {needed} for these sequences and prompts, got {num_rows}"
+        )
+
+
 def _prompt_concat_packed(
-    tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, max_seqlen, num_rows, after_bos
-):
+    tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, max_seqlen, num_rows, embed_scale,
+    after_bos,
+):  # fmt: skip
     op, (num_tasks, P, _), total = "prompt_concat_packed", prompts.shape, tokens.shape[0]
     if num_rows >= 2**31:
         raise ValueError(f"{op}: num_rows must be below 2**31, as cu_seqlens are int32, got {num_rows}")
     check_ids_in_range(op, task_ids, num_tasks)
     if prompt_lengths is not None:
         check_ids_in_range(op, prompt_lengths, P + 1, "prompt_lengths", low=0)
-    checked = DEBUG or not (tokens.is_cuda or INTERPRET)
-    if checked:
-        _check_offsets(cu_seqlens, total, max_seqlen)
+    covered = None
+    if DEBUG or not (tokens.is_cuda or INTERPRET):
+        if tokens.is_cuda or not has_native() or native.first_bad_offset(cu_seqlens, total, max_seqlen) >= 0:
+            _check_offsets(cu_seqlens, total, max_seqlen)
+        covered = int(cu_seqlens[-1])
         if embedding is not None:  # what no sequence covers may be anything
-            check_ids_in_range(op, tokens[: int(cu_seqlens[-1])], embedding.shape[0], "input_ids", low=0)
+            check_ids_in_range(op, tokens[:covered], embedding.shape[0], "input_ids", low=0)
     source = tokens if embedding is None else embedding
     widest = prompts if prompts.dtype == torch.float64 else source  # fp64 anywhere runs on plain PyTorch
     if use_triton(op, widest):
-        batch = launch_packed(
-            tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos
+        outputs = launch_packed(
+            tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, num_rows, embed_scale, after_bos
         )
-        layout = batch[5]
-    else:
-        sizes = total, num_tasks, P, num_rows
-        batch, (layout, out_cu) = None, reference.packed_layout(cu_seqlens, task_ids, prompt_lengths, sizes, after_bos)
-    if checked and (needed := int(cu_seqlens[-1]) + int(layout[:, 3].sum())) > num_rows:
-        raise ValueError(f"{op}: num_rows must be at least {needed} for these sequences and prompts, got {num_rows}")
-    if batch is not None:
-        return batch
-    rows = reference.packed_rows(layout, out_cu, num_rows)
+        _check_room(covered, outputs[5], P, num_rows)
+        return outputs
     if use_native(op, widest):
-        embedding = None if embedding is None else embedding.contiguous()
-        out = native.prompt_concat_packed(
-            tokens.contiguous(), embedding, prompts.contiguous(), layout, out_cu, num_rows
+        tokens, embedding, prompts, labels = (
+            None if t is None else t.contiguous() for t in (tokens, embedding, prompts, labels)
         )
-    else:
-        out = reference.packed_embeddings(tokens, embedding, prompts, rows)
+        layout, out_cu, positions, labels, token_map = native.packed_layout(
+            tokens, cu_seqlens, prompts, task_ids, prompt_lengths, labels, num_rows, after_bos
+        )
+        _check_room(covered, layout, P, num_rows)
+        scale = reference.scale_of(embed_scale, source.dtype)
+        out = native.prompt_concat_packed(tokens, embedding, prompts, layout, out_cu, num_rows, scale)
+        return out, out_cu, positions, labels, token_map, layout
+    sizes = total, num_tasks, P, num_rows
+    layout, out_cu = reference.packed_layout(cu_seqlens, task_ids, prompt_lengths, sizes, after_bos)
+    _check_room(covered, layout, P, num_rows)
+    rows = reference.packed_rows(layout, out_cu, num_rows)
+    out = reference.packed_embeddings(tokens, embedding, prompts, rows, embed_scale)
     positions, labels, token_map = reference.packed_metadata(labels, rows)
     labels = tokens.new_empty(0, dtype=torch.int64) if labels is None else labels
     return out, out_cu, positions, labels, token_map, layout
 
 
 def _prompt_concat_packed_fake(
-    tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, max_seqlen, num_rows, after_bos
+    tokens, cu_seqlens, embedding, prompts, task_ids, prompt_lengths, labels, max_seqlen, num_rows, *_
 ):
     B = cu_seqlens.shape[0] - 1
 
@@ -172,6 +202,7 @@ def _setup_context(ctx, inputs, output):
     tokens, _, embedding, prompts = inputs[:4]
     ctx.mark_non_differentiable(*output[1:])
     ctx.prompts_like = prompts.shape[0], prompts.shape[1], prompts.dtype
+    ctx.embed_scale = inputs[9]
     ctx.total, ctx.vocabulary = tokens.shape[0], None if embedding is None else embedding.shape[0]
     ctx.save_for_backward(output[5], output[1], tokens if ctx.needs_input_grad[2] else None)
 
@@ -187,8 +218,9 @@ def _backward(ctx, dout, *_):
         dtokens = reference.take_packed_tokens(dout, layout, cu_seqlens, ctx.total)
     if ctx.needs_input_grad[2]:
         ids = reference.packed_tokens(tokens, layout, cu_seqlens, dout.shape[0])
-        dembedding = reference.embedding_backward(dout, ids, ctx.vocabulary)
-    return dtokens, None, dembedding, dprompts, None, None, None, None, None, None
+        dscaled = reference.scaled(dout, ctx.embed_scale, dout.dtype)
+        dembedding = reference.embedding_backward(dscaled, ids, ctx.vocabulary)
+    return dtokens, None, dembedding, dprompts, *(None,) * 7
 
 
 _op = Operator("prompt_concat_packed", _prompt_concat_packed, _prompt_concat_packed_fake, _setup_context, _backward)
@@ -207,6 +239,8 @@ def prompt_concat_packed(
     labels: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     after_bos: bool = False,
+    embed_scale: float = 1,
+    max_position_embeddings: int | None = None,
 ) -> PackedPromptBatch:
     """Put each sequence's continuous prompt before its text in a packed batch (P-Tuning, arXiv 2103.10385).
 
@@ -230,6 +264,9 @@ def prompt_concat_packed(
         labels: int32 or int64 [total], or None.
         inputs_embeds: [total, E] in place of input_ids and embedding.
         after_bos: the prompt goes after each sequence's first token, if it has one.
+        embed_scale: multiplies rows of the embedding, rounded to its dtype first (Gemma: E ** 0.5); prompts and
+            inputs_embeds stand for what a scaling module returns, and are taken as they are.
+        max_position_embeddings: raise if max_seqlen + P exceeds it; None: no limit.
 
     Returns:
         PackedPromptBatch(inputs_embeds, cu_seqlens, max_seqlen + P, position_ids, labels, token_map). Differentiable in
@@ -239,10 +276,10 @@ def prompt_concat_packed(
     Raises:
         IndexError: an id outside [-1, num_tasks), a token outside [0, V), a length outside [0, P], on a CPU. On a GPU
             that sequence's, or that token's, embeddings are NaN, and the length is clamped.
-        ValueError: cu_seqlens that do not ascend from 0 to at most total, a sequence longer than max_seqlen, num_rows
-            too small, on a CPU. On a GPU all embeddings are NaN for bad cu_seqlens, max_seqlen is taken as it is, and
-            rows beyond num_rows are dropped: the new cu_seqlens end there. Nothing is ever read or written outside the
-            tensors (PEFT_OPS_DEBUG=1 raises there too).
+        ValueError: max_seqlen + P exceeds max_position_embeddings. On a CPU also cu_seqlens that do not ascend from 0
+            to at most total, a sequence longer than max_seqlen, num_rows too small. On a GPU all embeddings are NaN for
+            bad cu_seqlens, max_seqlen is taken as it is, and rows beyond num_rows are dropped: the new cu_seqlens end
+            there. Nothing is ever read or written outside the tensors (PEFT_OPS_DEBUG=1 raises there too).
     """
     op = "prompt_concat_packed"
     prompts = check_prompts(op, prompts, task_ids, prompt_lengths)
@@ -257,16 +294,20 @@ def prompt_concat_packed(
         check_tensor(op, "labels", labels, dtypes=IDS, dim=1, like=prompts)
         if labels.shape[0] != total:
             raise ValueError(f"{op}: labels must have shape [{total}], one per token, got {shape(labels)}")
+    check_bool(op, "after_bos", after_bos)
     num_rows = total + B * prompts.shape[1] if num_rows is None else num_rows
     for arg, value in (("max_seqlen", max_seqlen), ("num_rows", num_rows)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
             raise TypeError(f"{op}: {arg} must be an int, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{op}: {arg} must be at least 0, got {value}")
+    check_embed_scale(op, embed_scale)
+    P = prompts.shape[1]
+    check_length(op, max_position_embeddings, "max_seqlen + P", max_seqlen, P)
     if use_reference(prompts):
         return reference.prompt_concat_packed(
             input_ids, cu_seqlens, embedding, prompts, task_ids, max_seqlen=max_seqlen, prompt_lengths=prompt_lengths,
-            num_rows=num_rows, labels=labels, inputs_embeds=inputs_embeds, after_bos=after_bos,
+            num_rows=num_rows, labels=labels, inputs_embeds=inputs_embeds, after_bos=after_bos, embed_scale=embed_scale,
         )  # fmt: skip
     args = [
         None if t is None else t.contiguous()
@@ -274,7 +315,7 @@ def prompt_concat_packed(
     ]
     differentiable = args[0], args[2], args[3]
     out, cu_seqlens, positions, out_labels, token_map, _ = _op(
-        *args, max_seqlen, num_rows, after_bos, differentiable=differentiable
+        *args, max_seqlen, num_rows, float(embed_scale), after_bos, differentiable=differentiable
     )
     out_labels = None if labels is None else out_labels
-    return PackedPromptBatch(out, cu_seqlens, max_seqlen + prompts.shape[1], positions, out_labels, token_map)
+    return PackedPromptBatch(out, cu_seqlens, max_seqlen + P, positions, out_labels, token_map)

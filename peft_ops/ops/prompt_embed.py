@@ -9,6 +9,7 @@ from peft_ops._checks import (
     check_added,
     check_added_in_range,
     check_ids_in_range,
+    check_length,
     check_prompts,
     check_tokens,
     shape,
@@ -192,12 +193,13 @@ def prompt_embed(
     task_ids: Tensor | None = None,
     *,
     prompt_lengths: Tensor | None = None,
-    embed_scale: float = 1.0,
+    embed_scale: float = 1,
     position_embedding: Tensor | None = None,
     position_ids: Tensor | None = None,
     position_offset: int = 0,
     token_type_embedding: Tensor | None = None,
     token_type_ids: Tensor | None = None,
+    max_position_embeddings: int | None = None,
 ) -> Tensor:
     """Embed token ids of which some are virtual: prompts before, inside and after a text (P-Tuning, arXiv 2103.10385).
 
@@ -219,6 +221,7 @@ def prompt_embed(
         position_offset: 0 for GPT-2 and BERT, 2 for OPT and RoBERTa.
         token_type_embedding: [num_types, E], added by token_type_ids; any of those dtypes.
         token_type_ids: int32 or int64 [B, S]; None: all 0.
+        max_position_embeddings: raise if S exceeds it; None: no limit.
 
     Returns:
         [B, S, E] in the embedding's dtype. Differentiable in prompts, embedding, position_embedding and
@@ -226,6 +229,7 @@ def prompt_embed(
         position_ids and token_type_ids.
 
     Raises:
+        ValueError: S exceeds max_position_embeddings.
         IndexError: a task id outside [-1, num_tasks), an id that is neither a token nor a virtual token of its task, a
             length outside [0, P], a position or a type outside its table, on a CPU. On a GPU that sequence's, or that
             token's, embeddings are NaN, and the length is clamped (PEFT_OPS_DEBUG=1 raises there too).
@@ -243,6 +247,7 @@ def prompt_embed(
         position_offset=position_offset, token_type_embedding=token_type_embedding, token_type_ids=token_type_ids,
     )  # fmt: skip
     check_added(op, input_ids, prompts, **added)
+    check_length(op, max_position_embeddings, "S", input_ids.shape[1])
     if use_reference(prompts):
         return reference.prompt_embed(input_ids, embedding, prompts, task_ids, prompt_lengths=prompt_lengths, **added)
     tensors = (

@@ -29,7 +29,7 @@ NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly, id=name) for name in EV
 @pytest.fixture(scope="module")
 def checked(request):
     """ptxas and nvdisasm are processes of their own, so that as many threads keep all cores busy."""
-    wanted = [item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")]
+    wanted = [item.callspec.params["name"] for item in request.session.items if "checked" in item.fixturenames]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {name: pool.submit(check, *EVERYTHING[name]) for name in wanted}
 
