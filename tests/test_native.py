@@ -11,6 +11,8 @@ import torch
 import peft_ops
 from peft_ops import info, reference
 from peft_ops._library import NATIVE_SCHEMAS, has_native, native
+from peft_ops.ops.ia3_glu import glu_by
+from peft_ops.ops.ia3_scale import scale_by
 from tests.conftest import DTYPES, assert_as_good_as_torch, assert_guards, assert_same, guarded, name_of
 
 if not has_native():
@@ -233,6 +235,59 @@ def test_more_dimensions_are_rows(size, ids, dtype):
         for x, y in zip(got, want, strict=True):
             assert x.is_contiguous() and (x.shape == size or x.shape == ia3_l.shape)
             assert_bits(x.reshape(y.shape), y)
+
+
+def odd(t: torch.Tensor) -> torch.Tensor:
+    """The same tensor, as contiguous in torch's eyes, with strides of dimensions of size 1 that no address may use."""
+    strides = [1009 + i if size == 1 else t.stride(i) for i, size in enumerate(t.shape)]
+    copy = t.clone().as_strided(t.shape, strides)
+    assert copy.is_contiguous() and (1 not in t.shape or copy.stride() != t.stride())
+    return copy
+
+
+@pytest.mark.parametrize("size", [(5, 1, 65), (1, 5, 65), (1, 1, 65), (5, 1, 1), (5, 2, 1), (1, 65), (5, 1)], ids=str)
+def test_strides_of_dimensions_of_size_1_mean_nothing(size, dtype):
+    """A convolution's one step, [B, N, 1] transposed, say."""
+    tensors = [randn(*size, dtype=dtype) for _ in range(3)]
+    ia3_l, ids = randn(1, size[-1], dtype=F32), torch.tensor([0, -1, 0, 0, -1])[: size[0]]
+    for t, task_ids in ((ia3_l, ids), (odd(ia3_l), odd(ids)), (ia3_l, None)):
+        for op, count in (("ia3_scale", 1), ("ia3_glu", 2)):
+            got, want = (getattr(native, op)(*map(f, tensors[:count]), t, task_ids, "silu") for f in (odd, torch.clone))
+            assert_bits(got, want)
+            args = t, task_ids, "silu", True, True
+            backward = getattr(native, f"{op}_backward")
+            got, want = (backward(*map(f, tensors[: count + 1]), *args) for f in (odd, torch.clone))
+            for a, b in zip(got, want, strict=True):
+                assert_bits(a, b)
+    with torch.no_grad():
+        assert_bits(scale_by(ia3_l, ids)(odd(tensors[0])), scale_by(ia3_l, ids)(tensors[0]))
+        glu = glu_by(ia3_l, ids, "silu")
+        assert_bits(glu(*map(odd, tensors[:2])), glu(*tensors[:2]))
+
+
+@pytest.mark.parametrize("B, S, P, T", [(1, 3, 2, 1), (3, 1, 1, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("E", [1, 65])
+def test_strides_of_dimensions_of_size_1_mean_nothing_to_prompts(B, S, P, T, E, dtype):
+    def runs(f):
+        prompts, embedding, embeds = (f(randn(*size, dtype=dtype)) for size in ((T, P, E), (7, E), (B, S, E)))
+        tokens, mask, labels = (f(torch.randint(1, 6, (B, S))) for _ in range(3))
+        tasks, lengths = f(torch.arange(B) % T), f(torch.full((T,), P, dtype=torch.int32))
+        layout, *rest = native.prompt_layout(tokens, prompts, tasks, lengths, mask, labels, True, False)
+        yield from (layout, *rest)
+        types = f(torch.randint(0, 7, (B, P + S))), embedding
+        yield native.prompt_concat(tokens, embedding, prompts, f(layout), 2.0, *types, *types)
+        yield native.prompt_concat(embeds, None, prompts, f(layout), 1.0, *[None] * 4)
+        dout = f(randn(B, P + S, E, dtype=dtype))
+        yield native.prompt_concat_backward(dout, f(layout), T, P)
+        words = f(torch.full((B, S), 7)), embedding, prompts, tasks, lengths, 1.0
+        out, rows = native.prompt_embed(*words, *[None] * 4)
+        yield from (out, rows, native.prompt_embed_backward(f(randn(B, S, E, dtype=dtype)), f(rows), T, P))
+
+    state = torch.get_rng_state()
+    want = list(runs(torch.clone))
+    torch.set_rng_state(state)
+    for got, wanted in zip(runs(odd), want, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

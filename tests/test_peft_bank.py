@@ -1,5 +1,8 @@
 """A PEFT model whose bank serves what it has not loaded: vectors and prompts, in one batch with its own adapters."""
 
+import copy
+import threading
+
 import peft
 import pytest
 import torch
@@ -12,6 +15,7 @@ from peft_ops.nn import TaskBank
 from tests import tiny
 
 FAMILIES = ("llama", "gpt2", "t5-gated")
+O_PROJ = "model.layers.0.self_attn.o_proj"
 ROWS = ("red", "own", "short", tiny.BASE, "long")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
@@ -191,6 +195,167 @@ def test_disabled_adapters_disable_the_bank(served):
         want, got = model(**batch).logits, model(**batch, adapter_names=["red", "long"]).logits
     real = slice(None) if model.config.is_encoder_decoder else batch["attention_mask"].bool()
     torch.testing.assert_close(got[real], want[real], rtol=1e-4, atol=1e-4)
+
+
+def bank_of(model, slots: int, names=("a", "b"), more=(), **options) -> TaskBank:
+    """Vectors for the layers that PEFT adapted, and for more that it did not."""
+    layers = {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "ia3_l")}
+    widths = {name: m.in_features if m.is_feedforward else m.out_features for name, m in layers.items()}
+    for name in more:
+        module = model.get_base_model().get_submodule(name)
+        widths[name] = module.nf if hasattr(module, "nf") else module.out_features
+    bank = TaskBank(slots, widths, feedforward=[name for name, m in layers.items() if m.is_feedforward], **options)
+    generator = torch.Generator().manual_seed(2)
+    for name in names:
+        bank.put(name, {key: 1 + 0.5 * torch.randn(width, generator=generator) for key, width in widths.items()})
+    return bank
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "reentrant", "saved tensors"])
+@pytest.mark.parametrize("level", ["module", "auto"])
+@pytest.mark.parametrize("names", [["a"] * 3, ["a", "own", "a"], ["a", tiny.BASE, "own"]], ids="-".join)
+def test_a_backward_may_come_when_the_slots_are_others(names, level, checkpointing):
+    """Autograd and checkpoints read in backward() what the batch had, not what another put there meanwhile."""
+    found = []
+    for slots, between in ((2, False), (1, False), (1, True)):
+        model = tiny.ia3_model("llama", ["own"])
+        accelerate(model, bank=bank_of(model, slots, more=[O_PROJ]), level=level)
+        if checkpointing is not None:
+            model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        batch = tiny.text([6] * 3)
+        words = model.get_base_model().get_input_embeddings()
+        embeds = words(batch.pop("input_ids")).detach().requires_grad_()
+        loss = model(inputs_embeds=embeds, **batch, adapter_names=names).logits.square().sum()
+        if between:
+            with torch.no_grad():
+                model(inputs_embeds=embeds, **batch, adapter_names=["b"] * 3)
+            assert model._peft_ops.bank.stats.evictions
+        loss.backward()
+        own = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        assert bool(own) == ("own" in names)
+        found.append([embeds.grad, *own.values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_block_that_trains_and_infers_keeps_what_it_began_with():
+    model = tiny.ia3_model("llama", ["own"])
+    bank = bank_of(model, 1)
+    accelerate(model, bank=bank)
+    batch, names = tiny.text([6] * 2), ["a", tiny.BASE]
+    with torch.no_grad():
+        want = model(**batch, adapter_names=names).logits
+        with using_adapters(model, names):
+            assert torch.equal(model(**batch).logits, want)
+            with torch.enable_grad():
+                assert torch.equal(model(**batch).logits, want)
+            assert torch.equal(model(**batch).logits, want)
+    with using_adapters(model, names):
+        logits = model(**batch).logits
+    assert torch.equal(logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["module", "auto"])
+def test_layers_disabled_by_the_tuner_disable_the_bank(level):
+    """A layer that only the bank knows has no switch of PEFT's."""
+    model = tiny.ia3_model("llama", ["own"])
+    bank = bank_of(model, 2, more=[O_PROJ])
+    accelerate(model, bank=bank, level=level)
+    batch, names = tiny.text([6] * 3), ["a", "own", tiny.BASE]
+    with model.disable_adapter():
+        base = model(**batch).logits
+    want = model(**batch, adapter_names=names).logits
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(model(**batch, adapter_names=names).logits, base)
+    twin = accelerate(copy.deepcopy(model), bank=bank, level=level)  # of layers that are disabled already
+    assert torch.equal(twin(**batch, adapter_names=names).logits, base)
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(model(**batch, adapter_names=names).logits, want)
+    with using_adapters(model, names):
+        assert torch.equal(model(**batch).logits, want)
+        model.base_model.disable_adapter_layers()
+        assert torch.equal(model(**batch).logits, base)
+        model.base_model.enable_adapter_layers()
+        assert torch.equal(model(**batch).logits, want)
+    assert not torch.isclose(want[0], base[0]).any()
+
+
+@torch.no_grad()
+def test_unknown_names_where_adapters_are_disabled():
+    model = tiny.ia3_model("llama", ["own"])
+    batch = tiny.text([6] * 2)
+    for bank in (None, bank_of(model, 2)):
+        accelerate(model, bank=bank)
+        with model.disable_adapter():
+            want = model(**batch).logits
+            assert torch.equal(model(**batch, adapter_names=["own", tiny.BASE]).logits, want)
+            for call in (model, model.generate):
+                with pytest.raises(ValueError, match=r"must name adapters of the model, \['own'\].*got 'rde'"):
+                    call(**batch, adapter_names=["rde", "own"])
+            if bank is not None:
+                assert torch.equal(model(**batch, adapter_names=["a", "b"]).logits, want)
+
+
+@torch.no_grad()
+def test_a_busy_bank_is_waited_for():
+    model = tiny.ia3_model("llama", ["own"])
+    bank, batch = bank_of(model, 1), tiny.text([6] * 2)
+    accelerate(model, bank=bank)
+    want = {name: model(**batch, adapter_names=[name] * 2).logits for name in "ab"}
+    with (
+        bank.use(["a"]),
+        pytest.raises(RuntimeError, match=r"adapter_names: .*accelerate\(model, bank=bank, timeout=sec"),
+    ):
+        model(**batch, adapter_names=["b"] * 2)
+    accelerate(model, bank=bank, timeout=0.01)
+    with bank.use(["a"]), pytest.raises(RuntimeError, match="'a' by 1"):
+        model(**batch, adapter_names=["b"] * 2)
+    accelerate(model, bank=bank, timeout=60)
+    wrong = []
+
+    @torch.no_grad()
+    def serve(name: str) -> None:
+        for _ in range(10):
+            try:
+                if not torch.equal(model(**batch, adapter_names=[name] * 2).logits, want[name]):
+                    wrong.append(name)
+            except RuntimeError as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in "abab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    for timeout in (-1, "1", float("nan"), None):
+        with pytest.raises(ValueError, match="accelerate: timeout must be seconds from 0 on, got"):
+            accelerate(model, bank=bank, timeout=timeout)
+
+
+@torch.no_grad()
+def test_a_layer_of_the_bank_that_peft_wraps_later():
+    model = tiny.ia3_model("llama", ["own"])
+    accelerate(model, bank=bank_of(model, 2, more=[O_PROJ]))
+    batch, names = tiny.text([6] * 2), ["a", tiny.BASE]
+    want = model(**batch, adapter_names=names).logits
+    model.add_adapter("wide", peft.IA3Config(task_type="CAUSAL_LM", target_modules=["o_proj"], feedforward_modules=[]))
+    torch.testing.assert_close(model.eval()(**batch, adapter_names=names).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_vectors_in_the_middle_of_a_feed_forward_layer():
+    """PEFT has wrapped its last layer, the bank scales its first one too: no operator may read past that."""
+    model = tiny.ia3_model("gpt2", ["own"])
+    bank, batch = bank_of(model, 2, more=["transformer.h.0.mlp.c_fc"]), tiny.text([6] * 3)
+    found = []
+    for level in ("module", "auto"):
+        accelerate(model, bank=bank, level=level)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found.append(model(**batch, adapter_names=["a", "own", "b"]).logits)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_two_models_of_one_base():

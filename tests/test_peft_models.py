@@ -3,13 +3,15 @@
 import copy
 from functools import cache
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from peft_ops import accelerate
 from tests.conftest import DEVICE, DTYPES, assert_like_torch, name_of
-from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, batch_for, ia3_model, row_by_row, text
+from tests.tiny import BASE, CAUSAL, FAMILIES, SEQ2SEQ, batch_for, ia3_model, randomized, row_by_row, set_vectors, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LEVELS = ["module", "auto"]
@@ -229,3 +231,22 @@ class TestGeneration:
             module.register_forward_pre_hook(lambda _, args, stack=stack: seen.update({stack: args[0].shape[0]}))
         self.run(model, batch, num_beams=3, max_new_tokens=2, adapter_names=rows)
         assert seen == {"encoder": 5, "decoder": 15}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+def test_one_step_of_a_recurrence(kind, level):
+    """Their layers see [B, N, 1] transposed while they decode, which is contiguous with a row's stride of 1."""
+    sizes = dict(vocab_size=96, hidden_size=64, state_size=8, num_hidden_layers=2, tie_word_embeddings=False)
+    config = getattr(transformers, f"{kind}Config")(**sizes, pad_token_id=0, eos_token_id=None)
+    base = randomized(getattr(transformers, f"{kind}ForCausalLM")(config)).eval()
+    targets = peft.IA3Config(target_modules=["in_proj", "out_proj"], feedforward_modules=["out_proj"])
+    model = peft.get_peft_model(base, targets, adapter_name="task0")
+    model.add_adapter("task1", copy.deepcopy(targets))
+    for name in ("task0", "task1"):
+        set_vectors(model, name)
+    model, rows = model.to(DEVICE).eval(), rows_of(2)
+    batch = {key: value.to(DEVICE) for key, value in text([6] * 5).items()}
+    want = row_by_row(model, rows, lambda model: model.generate(**batch, max_new_tokens=8, do_sample=False))
+    accelerate(model, level=level)
+    assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False, adapter_names=rows), want)

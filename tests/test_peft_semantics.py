@@ -12,9 +12,11 @@ import peft
 import pytest
 import torch
 from peft.tuners import ia3
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft_ops
 from peft_ops import accelerate, report, restore
 from peft_ops.integrations import peft as integration
 from peft_ops.integrations._swap import Swapped
@@ -157,6 +159,16 @@ def test_quantized_layers(kind, feedforward, dtype, monkeypatch):
         assert torch.equal(model(x.float(), adapter_names=names), base)
 
 
+@on_cpu
+@pytest.mark.parametrize("feedforward", [False, True], ids=["output", "input"])
+def test_one_vector_of_features(feedforward):
+    """A batch needs a dimension, a call without names does not."""
+    model, x = layer_model(nn.Linear(12, 20), feedforward), torch.randn(12)
+    with torch.no_grad():
+        want = model(x)
+        assert torch.equal(accelerate(model)(x), want)
+
+
 class Sequence(nn.Module):
     """A model whose layer sees what `order` makes of [B, S, K]."""
 
@@ -210,6 +222,22 @@ class TestNames:
     def test_wrong_names(self, model, call, names, error, message):
         with pytest.raises(error, match=f"^adapter_names {message}"):
             getattr(model, call)(**batch_for(model, 5), adapter_names=names)
+
+    @pytest.mark.parametrize("call", ["forward", "generate"])
+    def test_a_wrong_count_for_what_an_encoder_has_read(self, call):
+        """Five rows for three names of one adapter, which no layer could tell."""
+        model = accelerate(ia3_model("t5")).to(DEVICE)
+        batch = batch_for(model, 5)
+        encoded = model.get_base_model().encoder(batch["input_ids"], batch["attention_mask"])
+        for outputs in (encoded, encoded.to_tuple()):
+            given = {"encoder_outputs": outputs, "attention_mask": batch["attention_mask"]}
+            given |= {"decoder_input_ids": batch["decoder_input_ids"]} if call == "forward" else {"max_new_tokens": 2}
+            with pytest.raises(ValueError, match="one name per row, for 5 rows, got 3"):
+                getattr(model, call)(**given, adapter_names=["red"] * 3)
+        with pytest.raises(ValueError, match="one name per row, for 5 rows, got 3"):
+            model(encoder_outputs=encoded, labels=batch["decoder_input_ids"], adapter_names=["red"] * 3)
+        given["encoder_outputs"] = encoded
+        assert len(getattr(model, call)(**given, adapter_names=["red"] * 5)[0])
 
     def test_a_tuple_serves(self, model):
         batch = batch_for(model, 5)
@@ -336,6 +364,45 @@ class TestNames:
                 pass
 
 
+def behind_the_text(forward):
+    """PEFT's forward with a prompt, if it stood behind the text."""
+
+    def changed(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+        if not self.active_peft_config.is_prompt_learning:
+            return forward(self, input_ids, attention_mask, inputs_embeds, labels, **kwargs)
+        embeds = self.word_embeddings(input_ids)
+        embeds = torch.cat([embeds, self.get_prompt(batch_size=len(embeds))], dim=1)
+        return self.base_model(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), labels=labels)
+
+    return changed
+
+
+# what of PEFT -> where it is, what it becomes, and what accelerate says
+CHANGES = {
+    "another product": (ia3.Linear, "forward", lambda f: lambda self, x, *a, **kw: f(self, x) + 1, "something else"),
+    "another signature": (ia3.Linear, "forward", lambda f: lambda self, x, scale: f(self, x), "TypeError"),
+    "another convolution": (ia3.Conv2d, "forward", lambda f: lambda self, x: f(self, x) * 2, "something else"),
+    "another 3-D convolution": (ia3.Conv3d, "forward", lambda f: lambda self, x: f(self, x) * 2, "something else"),
+    "other heads": (
+        ModulesToSaveWrapper,
+        "_forward_wrapped",
+        lambda f: lambda self, *args, **kwargs: f(self, *args, **kwargs) * 2,
+        "layers and heads of several adapters",
+    ),
+    "another prompt": (
+        peft.PeftModel,
+        "get_prompt",
+        lambda f: lambda self, *args, **kwargs: f(self, *args, **kwargs) * 2,
+        r"a model with a prompt \(PROMPT_TUNING, CAUSAL_LM\)",
+    ),
+    "prompts elsewhere": (peft.PeftModelForCausalLM, "forward", behind_the_text, "a model with a prompt"),
+    "an encoder-decoder's prompts elsewhere": (
+        peft.PeftModelForSeq2SeqLM, "forward", behind_the_text, "SEQ_2_SEQ_LM"
+    ),
+    "an older release": (peft, "__version__", lambda version: "0.18.1", "it is older"),
+}  # fmt: skip
+
+
 class TestOtherModels:
     def test_not_a_peft_model(self):
         with pytest.raises(TypeError, match="accelerate: model must be a peft.PeftModel, got Linear"):
@@ -374,20 +441,32 @@ class TestOtherModels:
             with pytest.raises(TypeError, match="must have been given to peft_ops.accelerate"):
                 function(model)
 
-    @pytest.mark.parametrize("change", ["another product", "another signature"])
+    @pytest.mark.parametrize("change", CHANGES)
     def test_a_peft_that_computes_something_else(self, change, monkeypatch):
-        plain = ia3.Linear.forward
-        forward = {
-            "another product": lambda self, x, *args, **kwargs: plain(self, x) + 1,
-            "another signature": lambda self, x, scale: plain(self, x),
-        }[change]
-        monkeypatch.setattr(ia3.Linear, "forward", forward)
+        target, name, make, message = CHANGES[change]
+        monkeypatch.setattr(target, name, make(getattr(target, name)))
         monkeypatch.setattr(integration, "_probed", False)
         model = ia3_model("llama")
-        with pytest.raises(RuntimeError, match=f"accelerate: peft {peft.__version__} is not one of the releases"):
+        expected = f"accelerate: peft {peft.__version__} is not one of the releases .* and later\\): .*{message}"
+        with pytest.raises(RuntimeError, match=expected):
             accelerate(model)
+        assert not any(isinstance(module, Swapped) for module in model.modules())
         monkeypatch.undo()
         assert isinstance(accelerate(model), Swapped)
+
+    def test_trying_peft_leaves_nothing_behind(self, monkeypatch):
+        monkeypatch.setattr(integration, "_probed", False)
+        model, state = ia3_model("llama"), torch.get_rng_state()
+        with warnings.catch_warnings(), torch.device("meta"), torch.inference_mode():
+            warnings.simplefilter("error")
+            accelerate(model)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_trying_peft_asks_no_backend(self, monkeypatch):
+        """Kernels that cannot run on a CPU are no reason to distrust PEFT."""
+        monkeypatch.setattr(integration, "_probed", False)
+        with peft_ops.set_backend("triton"):
+            accelerate(ia3_model("llama"))
 
 
 @pytest.mark.parametrize("level", LEVELS)

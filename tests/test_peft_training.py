@@ -4,15 +4,18 @@ import copy
 from functools import cache
 
 import accelerate as hf_accelerate
+import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_ops import accelerate
+from peft_ops import accelerate, using_adapters
+from peft_ops.integrations import _layers
+from peft_ops.integrations._swap import swap, unswap
 from tests.conftest import DEVICE, assert_like_torch
-from tests.tiny import BASE, alone, batch_for, ia3_model, prompt_model, text
+from tests.tiny import BASE, alone, batch_for, ia3_model, prompt_model, set_vectors, text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ["red", BASE, "green", "red", "green"]
@@ -207,6 +210,24 @@ class TestCheckpointing:
         with pytest.raises(RuntimeError, match=r"a layer runs again in backward\(\), outside the call that named"):
             losses.sum().backward()
 
+    def test_around_a_call_whose_block_has_ended_it_raises(self):
+        batch, model = batch_of("llama"), accelerate(trainable(plain("llama")))
+        words = model.get_base_model().get_input_embeddings()
+        embeds = words(batch.pop("input_ids")).detach().requires_grad_()
+        want = self.step(model, batch | {"inputs_embeds": embeds}, adapter_names=NAMES)
+
+        def run(embeds):
+            return row_losses(model, batch, inputs_embeds=embeds)
+
+        with using_adapters(model, NAMES):
+            losses = checkpoint(run, embeds, use_reentrant=True)
+            model.zero_grad()
+            losses.sum().backward()
+            self.same((losses.detach(), gradients(model)), want)
+            losses = checkpoint(run, embeds, use_reentrant=True)
+        with pytest.raises(RuntimeError, match="using_adapters: the model runs again in backward"):
+            losses.sum().backward()
+
     def test_around_a_layer_without_names_it_is_pefts(self):
         batch, model = batch_of("llama"), accelerate(trainable(plain("llama")))
         want = self.step(model, batch)
@@ -221,6 +242,77 @@ class TestCheckpointing:
         want = self.step(model, batch, adapter_names=NAMES)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         self.same(self.step(model, batch, adapter_names=NAMES), want)
+
+
+def two_layers(layer, *sizes, feedforward=(), vectors=torch.float32) -> nn.Module:
+    """layer, ReLU, layer, and an adapter on both for each of two names."""
+    base = nn.Sequential(layer(*sizes), nn.ReLU(), layer(sizes[1], *sizes[1:]))
+    config = peft.IA3Config(target_modules=["0", "2"], feedforward_modules=list(feedforward))
+    model = peft.get_peft_model(base, config, adapter_name="red")
+    model.add_adapter("green", copy.deepcopy(config))
+    for name in ("red", "green"):
+        set_vectors(model, name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("ia3_l" in key)
+        if "ia3_l" in key:
+            parameter.data = parameter.data.to(vectors)
+    return model.to(DEVICE).eval()
+
+
+BY_ROW = {
+    "conv2d": (lambda: two_layers(nn.Conv2d, 4, 4, 3), (4, 8, 8)),
+    "conv2d input": (lambda: two_layers(nn.Conv2d, 4, 4, 3, feedforward=["0", "2"]), (4, 8, 8)),
+    "conv3d": (lambda: two_layers(nn.Conv3d, 3, 3, 2), (3, 4, 4, 4)),
+    "narrow vectors": (lambda: two_layers(nn.Linear, 6, 8, feedforward=["2"], vectors=torch.bfloat16), (6,)),
+    "linear": (lambda: two_layers(nn.Linear, 6, 8), (6,)),
+    "quantized": (lambda: quantized(two_layers(nn.Linear, 6, 6)), (6,)),
+    "quantized input": (lambda: quantized(two_layers(nn.Linear, 6, 6, feedforward=["0", "2"])), (6,)),
+}
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """What serves bitsandbytes' layers, on plain ones."""
+    accelerate(model)
+    for module in model.modules():
+        if isinstance(module, _layers.MixedLinear):
+            unswap(module)
+            swap(module, _layers.MixedQuantized)
+    return model
+
+
+@pytest.mark.parametrize("kind", BY_ROW)
+@pytest.mark.parametrize("broken", ["vector", "data"])
+def test_a_tenants_nan_reaches_no_others_gradient(kind, broken):
+    make, size = BY_ROW[kind]
+    model, names = make(), ["red", "green", BASE]
+    model = model if kind.startswith("quantized") else accelerate(model)
+    x = torch.randn(3, *size, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        x.grad = None
+        model(x, adapter_names=names)[1:].sum().backward()
+        return of("green", gradients(model)) | {"x": x.grad[1:]}
+
+    want = step()
+    assert len(want) == 3 and all(grad.abs().sum() > 0 for grad in want.values())
+    with torch.no_grad():
+        if broken == "data":
+            x[0] = float("nan")
+        for key, parameter in model.named_parameters():
+            if broken == "vector" and key.endswith("2.ia3_l.red"):
+                parameter.fill_(float("nan"))
+    got = step()
+    assert all(torch.equal(got[key], grad) for key, grad in want.items())
+
+
+def test_images_keep_their_memory_format():
+    model = accelerate(two_layers(nn.Conv2d, 4, 4, 3)).to(memory_format=torch.channels_last)
+    x = torch.randn(3, 4, 8, 8, device=DEVICE).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        want = torch.stack([model(x, adapter_names=[name] * 3)[i] for i, name in enumerate(["red", "green", BASE])])
+        got = model(x, adapter_names=["red", "green", BASE])
+    assert got.is_contiguous(memory_format=torch.channels_last) and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated", "bert", "gpt2"])

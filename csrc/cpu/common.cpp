@@ -64,7 +64,9 @@ Rows batch_rows(const char* op, const char* arg, const Tensor& t) {
   STD_TORCH_CHECK(
       t.stride(dim - 1) == 1 || cols <= 1 || rows == 0,
       op, ": ", arg, " must be contiguous in its last dimension, got stride ", t.stride(dim - 1));
-  return {static_cast<char*>(t.data_ptr()), rows, cols, t.stride(dim - 2) * item_size(dtype), dtype};
+  // with more dimensions a contiguous tensor's rows follow one another, but its dimensions of size 1 may have any stride
+  int64_t stride = dim == 2 ? t.stride(0) : cols;
+  return {static_cast<char*>(t.data_ptr()), rows, cols, stride * item_size(dtype), dtype};
 }
 
 Tensor contiguous_like(const Tensor& t) {

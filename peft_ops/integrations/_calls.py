@@ -20,19 +20,30 @@ class Shared:
     Attributes:
         level: "auto" or "module".
         bank: a TaskBank, or None.
+        timeout: seconds to wait for slots of the bank that other batches use.
         configs: the adapters' configs that the model had when its modules were last looked at.
         disabled: inside disable_adapter(): every row is the base model's, a bank's too.
+        layers, disabled_layers: the keys of all (IA)^3 layers, and of those whose adapters are disabled.
         mixed: a forward with gradients has had adapter names; a layer that runs without any in backward() may be its.
+        in_blocks: such names came from using_adapters(); so may the whole model be that runs without any in backward().
     """
 
-    def __init__(self, level: str, bank=None):
-        self.level, self.bank = level, bank
+    def __init__(self, level: str, bank=None, timeout: float = 0.0):
+        self.level, self.bank, self.timeout = level, bank, timeout
         self.configs: list = []
-        self.mixed = self.disabled = False
+        self.layers: set[str] = set()
+        self.disabled_layers: set[str] = set()
+        self.mixed = self.in_blocks = self.disabled = False
+
+    @property
+    def is_off(self) -> bool:
+        """Every row is the base model's, also in layers that only a bank has vectors for and PEFT does not know."""
+        return self.disabled or (bool(self.layers) and self.disabled_layers >= self.layers)
 
     def __deepcopy__(self, memo):
-        copy = Shared(self.level, self.bank)
+        copy = Shared(self.level, self.bank, self.timeout)
         copy.configs = list(self.configs)
+        copy.layers, copy.disabled_layers = set(self.layers), set(self.disabled_layers)
         return copy
 
 
@@ -66,20 +77,27 @@ class Call:
         self._batches: dict[tuple, TaskBatch] = {}
         self._tables: dict[nn.Module, Tensor] = {}
         self._masks: dict[tuple, list[Tensor]] = {}
+        self._places: dict[tuple, tuple[list[Tensor], Tensor]] = {}
         self._sources: list[tuple[Tensor, int]] = []
+        self._copies: dict[str, Tensor] | None = None
+
+    def keep_bank_rows(self) -> None:
+        """Copy the bank's vectors where a backward may read them: by then their slots may be other tasks'."""
+        if self._copies is None and self.held and torch.is_grad_enabled():
+            self._copies = self.shared.bank.copy_rows([held.slot for held in self.held.values()])
 
     def select(self, layer: nn.Module, vectors, features: int, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan]:
         """The table [tasks, features] and the ids that an operator takes for x at this layer; ones where the layer has
         no vector of a name."""
         self.check_rows(x, layer)
         key, of_bank = getattr(layer, "_peft_ops_key", None), self.uses_bank(layer)
-        if of_bank:  # no copy of a vector
-            table = self.shared.bank.table(key)
+        if of_bank:  # without gradients no copy of a vector
+            table = self._bank_table(key)
         else:
             table = self._table(layer, key, vectors, features, x.device)
         if self._sees_rows(x):
             return table, self._batch(x.device, of_bank).for_rows(x)
-        return (table[(slot := self.held[self.names[0]].slot) : slot + 1] if of_bank else table), None
+        return (table[(row := self._bank_rows()[self.names[0]]) : row + 1] if of_bank else table), None
 
     def uses_bank(self, layer: nn.Module) -> bool:
         """All names are a bank's, which has this layer: its own table serves, and no vector is copied."""
@@ -96,11 +114,13 @@ class Call:
             kept.clear()
 
     def _batch(self, device: torch.device, of_bank: bool = False) -> TaskBatch:
-        key = device, of_bank, torch.is_inference_mode_enabled()  # autograd takes no tensor that was made in that mode
+        in_slots = of_bank and self._copies is None
+        # autograd takes no tensor that was made in that mode
+        key = device, of_bank, in_slots, torch.is_inference_mode_enabled()
         if key not in self._batches:
-            index = {name: self.held[name].slot if of_bank else i for i, name in enumerate(self.names)}
+            index = self._bank_rows() if of_bank else {name: i for i, name in enumerate(self.names)}
             ids = torch.tensor([-1 if name is None else index[name] for name in self.rows], device=device)
-            tasks = tuple(map(str, range(self.shared.bank.slots))) if of_bank else self.names or ("",)
+            tasks = tuple(map(str, range(self.shared.bank.slots))) if in_slots else tuple(index) or ("",)
             self._batches[key] = TaskBatch(tasks, ids)
         return self._batches[key]
 
@@ -127,8 +147,19 @@ class Call:
 
     def of_bank(self, key: str | None, name: str | None) -> Tensor | None:
         """The bank's vector of a name, None where it has none for this layer."""
-        bank = self.shared.bank
-        return bank.table(key)[self.held[name].slot] if name in self.held and key in bank.widths else None
+        if name not in self.held or key not in self.shared.bank.widths:
+            return None
+        return self._bank_table(key)[self._bank_rows()[name]]
+
+    def _bank_table(self, key: str) -> Tensor:
+        self.keep_bank_rows()
+        return self.shared.bank.table(key) if self._copies is None else self._copies[key]
+
+    def _bank_rows(self) -> dict[str, int]:
+        """Where a name stands in the bank's tables, or in the copy of its rows."""
+        if self._copies is None:
+            return {name: held.slot for name, held in self.held.items()}
+        return {name: i for i, name in enumerate(self.held)}
 
     def is_flat(self, x: Tensor, layer: nn.Module) -> bool:
         """The layer's model has flattened [B, S] to rows in that order before it (OPT)."""
@@ -165,14 +196,27 @@ class Call:
         kinds = [(self.input_ids == token).any(1) for token in tokens]
         return any(map(torch.any, kinds)) and all(kind.all() or not kind.any() for kind in kinds)
 
-    def by_row(self, x: Tensor, layer: nn.Module, names: Sequence[str | None], fn: Callable[[str | None], Tensor]):
-        """Row b of fn(names[i]) where b belongs to names[i]; each is computed for the whole batch, so that a row's
-        result does not depend on how many others share its adapter. `where` keeps one row's NaN out of another's."""
-        out = fn(names[0])
-        for name, mask in list(zip(names, self.masks(x, layer, names), strict=True))[1:]:
-            other = fn(name)
-            out = torch.where(mask.view(-1, *[1] * (other.dim() - 1)), other, out)
-        return out
+    def by_row(self, x: Tensor, layer: nn.Module, fn: Callable[[Tensor, str | None], Tensor]) -> Tensor:
+        """fn(x's rows of a name, the name), back in the rows' order. fn must be elementwise: a row's result may not
+        depend on how many others share its name. What it does not see reaches no gradient of it; of rows chosen after
+        the product a NaN would, as 0 * NaN."""
+        names = list(dict.fromkeys(self.rows))
+        self.check_rows(x, layer)
+        if len(names) == 1:
+            return fn(x, names[0])
+        places, back = self._places_of(x, names)
+        return torch.cat([fn(x[place], name) for name, place in zip(names, places, strict=True)])[back]
+
+    def _places_of(self, x: Tensor, names: Sequence[str | None]) -> tuple[list[Tensor], Tensor]:
+        """The rows of x of each name, and where each row of x is among all these."""
+        key = x.shape[0], x.device, torch.is_inference_mode_enabled()
+        if key not in self._places:
+            repeats = x.shape[0] // len(self.rows)
+            rows = [name for name in self.rows for _ in range(repeats)]
+            places = [[i for i, row in enumerate(rows) if row == name] for name in names]
+            back = torch.tensor([i for place in places for i in place]).argsort()
+            self._places[key] = [torch.tensor(place, device=x.device) for place in places], back.to(x.device)
+        return self._places[key]
 
     def masks(self, x: Tensor, layer: nn.Module, names: Sequence[str | None]) -> list[Tensor]:
         """For each name, bool [x.shape[0]]: which rows are its."""
@@ -189,6 +233,12 @@ class Call:
 
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # private: -1 outside of backward()
+
+
+def in_backward() -> bool:
+    return _graph_task() != -1
+
+
 _current: ContextVar[Call | None] = ContextVar("peft_ops_call", default=None)
 
 
@@ -197,7 +247,7 @@ def call_of(shared: Shared) -> Call | None:
     call = _current.get()
     if call is not None and call.shared is shared:
         return call if call.rows else None
-    if shared.mixed and _graph_task() != -1:
+    if shared.mixed and in_backward():
         raise RuntimeError(
             "adapter_names: a layer runs again in backward(), outside the call that named its adapters; use the "
             "model's own gradient_checkpointing_enable(), or torch.utils.checkpoint around the whole call"

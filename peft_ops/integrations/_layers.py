@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peft_ops.integrations._calls import Call, call_of, forget_steps, step_of
+from peft_ops.integrations._code import code_of
 from peft_ops.integrations._swap import Swapped
 from peft_ops.ops.ia3_linear import ia3_linear
 from peft_ops.ops.ia3_scale import ia3_scale, scale_by
@@ -19,6 +20,10 @@ def why_not_exact(layer: nn.Module) -> str | None:
     """Why a layer is not a plain nn.Linear whose weight an operator may read past its forward; None if it is."""
     if type(layer) is not nn.Linear:
         return f"{type(layer).__name__}, not nn.Linear"
+    return why_not_readable(layer)
+
+
+def why_not_readable(layer: nn.Module) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "has hooks"
     if "forward" in layer.__dict__:
@@ -28,6 +33,34 @@ def why_not_exact(layer: nn.Module) -> str | None:
     if not layer.weight.dtype.is_floating_point or layer.weight.dtype.itemsize < 2:
         return f"weight is {layer.weight.dtype}"
     return None
+
+
+# transformers' FalconLinear, an nn.Linear with a forward of its own
+_FALCON_LINEAR = (
+    "hidden_states = x @ self.weight.T\nif self.bias is None:\n    return hidden_states\n"
+    "return hidden_states + self.bias"
+)
+
+
+def weight_of(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight [N, K] and bias of a layer that computes x W^T + b; None where it may not be read past its forward."""
+    if why_no_weight(layer) is not None:
+        return None
+    return (layer.weight.t() if is_conv1d(layer) else layer.weight), layer.bias
+
+
+def why_no_weight(layer: nn.Module) -> str | None:
+    """Why a layer is none of nn.Linear, transformers' Conv1D, whose weight lies the other way round, and FalconLinear,
+    or its weight may not be read; None if it may."""
+    if isinstance(layer, Swapped):
+        return "has (IA)^3 vectors of its own"
+    known = type(layer) is nn.Linear or is_conv1d(layer)
+    known = known or (isinstance(layer, nn.Linear) and code_of(type(layer)) == _FALCON_LINEAR)
+    return why_not_readable(layer) if known else f"{type(layer).__name__}, not nn.Linear"
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"
 
 
 _global_hooks = getattr(nn.modules.module, "_has_any_global_hook", lambda: True)  # private
@@ -40,6 +73,11 @@ def linear_of(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     weight, bias, own = layer.weight, layer.bias, layer.__dict__
     hooks, pre_hooks = layer._forward_hooks, layer._forward_pre_hooks  # may get some before the call ends
     return lambda x: layer(x) if hooks or pre_hooks or "forward" in own else F.linear(x, weight, bias)
+
+
+def runs_whole(x: Tensor) -> bool:
+    """Layers read past their forward, as one operator with their scale; on a CPU that would not be bitwise PEFT's."""
+    return x.is_cuda
 
 
 def _switch(name: str) -> Callable:
@@ -56,8 +94,12 @@ def _switch(name: str) -> Callable:
 class MixedLayer(Swapped):
     """What the layers share: the vectors that a call, or PEFT's own switches, select."""
 
-    enable_adapters, set_adapter, delete_adapter = map(_switch, ("enable_adapters", "set_adapter", "delete_adapter"))
-    merge, unmerge = map(_switch, ("merge", "unmerge"))
+    set_adapter, delete_adapter, merge, unmerge = map(_switch, ("set_adapter", "delete_adapter", "merge", "unmerge"))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        forget_steps(self._peft_ops)
+        super().enable_adapters(enabled)
+        (set.discard if enabled else set.add)(self._peft_ops.disabled_layers, self._peft_ops_key)
 
     def _call(self) -> Call | None:
         call = call_of(self._peft_ops)
@@ -83,29 +125,37 @@ class MixedLayer(Swapped):
         return any(torch.promote_types(dtype, self.ia3_l[name].dtype) != self.ia3_l[name].dtype for name in names)
 
 
-class MixedLinear(MixedLayer):
-    """peft.tuners.ia3.Linear: y = base(x) * l[t], or base(x * l[t]) with is_feedforward."""
+class ScaledLinear(Swapped):
+    """y = bare(x) * l[t], or bare(x * l[t]) with is_feedforward: a linear layer whose rows may have vectors."""
+
+    is_feedforward: bool
 
     def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
-        """The table and the ids that x runs with; None where the base layer runs alone."""
-        call = self._call()
-        if self.disable_adapters or self.merged:
-            return None
-        if call is not None:
-            return call.select(self, self.ia3_l, self._features, x)
-        active = self._active()
-        return (self._product(active).unsqueeze(0), None) if active else None
-
-    @property
-    def _features(self) -> int:
-        return self.in_features if self.is_feedforward else self.out_features
+        """The table and the ids that x runs with; None where the layer runs alone."""
+        raise NotImplementedError
 
     def needs_peft(self, x: Tensor, table: Tensor) -> bool:
-        """PEFT's arithmetic is not the operator's: the vectors are narrower than a feed-forward input, or fp64."""
-        if table.dtype is torch.float64 and x.dtype is not torch.float64:
-            return True
-        call = call_of(self._peft_ops)
-        return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
+        """PEFT's arithmetic is not the operator's."""
+        return False
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        raise NotImplementedError
+
+    def bare_by(self) -> Callable[[Tensor], Tensor]:
+        """The same for the rest of a call."""
+        return self.bare
+
+    def why_no_weight(self) -> str | None:
+        """Why the bare layer's weight may not be read past its forward; None if it may."""
+        raise NotImplementedError
+
+    def why_not_plain(self) -> str | None:
+        """Why the bare layer is not an nn.Linear, or may not be read."""
+        raise NotImplementedError
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [N, K] and bias, where they may be read."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         step = None if args or kwargs else step_of(self, x)
@@ -116,7 +166,7 @@ class MixedLinear(MixedLayer):
         selected = None if x.is_cuda or (call is not None and call.is_flat(x, self)) else self.selection(x)
         if selected is None or self.needs_peft(x, selected[0]):
             return self.unprepared
-        scale, linear = scale_by(*selected), linear_of(self.base_layer)
+        scale, linear = scale_by(*selected), self.bare_by()
         if self.is_feedforward:
             return lambda x: linear(scale(x))
         return lambda x: scale(linear(x))
@@ -131,12 +181,50 @@ class MixedLinear(MixedLayer):
         table, ids = selected
         if self.needs_peft(x, table):
             return self._as_peft(x, *args, **kwargs)
-        base = self.base_layer
-        if x.is_cuda and not args and not kwargs and why_not_exact(base) is None:
-            return ia3_linear(x, base.weight, base.bias, ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
+        if runs_whole(x) and not args and not kwargs and self.why_no_weight() is None:
+            return ia3_linear(x, *self.weights(), ia3_l=table, task_ids=ids, is_feedforward=self.is_feedforward)
         if self.is_feedforward:
-            return base(ia3_scale(x, table, ids), *args, **kwargs)
-        return ia3_scale(base(x, *args, **kwargs), table, ids)
+            return self.bare(ia3_scale(x, table, ids), *args, **kwargs)
+        return ia3_scale(self.bare(x, *args, **kwargs), table, ids)
+
+
+class MixedLinear(ScaledLinear, MixedLayer):
+    """peft.tuners.ia3.Linear, around its base layer."""
+
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
+        call = self._call()
+        if self.disable_adapters or self.merged:
+            return None
+        if call is not None:
+            return call.select(self, self.ia3_l, self._features, x)
+        active = self._active()
+        return (self._product(active).unsqueeze(0), None) if active else None
+
+    @property
+    def _features(self) -> int:
+        return self.in_features if self.is_feedforward else self.out_features
+
+    def needs_peft(self, x: Tensor, table: Tensor) -> bool:
+        """The vectors are narrower than a feed-forward input, or fp64."""
+        if table.dtype is torch.float64 and x.dtype is not torch.float64:
+            return True
+        call = call_of(self._peft_ops)
+        return self.is_feedforward and self._narrows(x.dtype, self._active()[-1:] if call is None else call.names)
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
+
+    def bare_by(self) -> Callable[[Tensor], Tensor]:
+        return linear_of(self.base_layer)
+
+    def why_no_weight(self) -> str | None:
+        return why_no_weight(self.base_layer)
+
+    def why_not_plain(self) -> str | None:
+        return why_not_exact(self.base_layer)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return weight_of(self.base_layer)
 
     def _as_peft(self, x: Tensor, *args, **kwargs) -> Tensor:
         call = call_of(self._peft_ops)
@@ -150,11 +238,9 @@ class MixedLinear(MixedLayer):
             scale = vector.flatten()
             return ((y.to(scale.dtype) if self.is_feedforward else y) * scale).to(y.dtype)
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)), *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
-        return call.by_row(y, self, names, lambda name: scaled(y, name))
+            return self.base_layer(call.by_row(x, self, scaled), *args, **kwargs)
+        return call.by_row(self.base_layer(x, *args, **kwargs), self, scaled)
 
 
 class MixedConv(MixedLayer):
@@ -164,19 +250,17 @@ class MixedConv(MixedLayer):
         call = self._call()
         if call is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)
-        weight_dtype = self.get_base_layer().weight.dtype
 
-        def scaled(y: Tensor, name: str | None, dtype: torch.dtype) -> Tensor:
+        dtype = self.get_base_layer().weight.dtype if self.is_feedforward else x.dtype
+
+        def scaled(y: Tensor, name: str | None) -> Tensor:
             if name not in self.ia3_l:
                 return y.to(dtype)
             return (y.to(self.ia3_l[name].dtype) * self.ia3_l[name]).to(dtype)
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            y = call.by_row(x, self, names, lambda name: scaled(x, name, weight_dtype))
-            return self.base_layer(y, *args, **kwargs).to(x.dtype)
-        y = self.base_layer(x, *args, **kwargs)
-        return call.by_row(y, self, names, lambda name: scaled(y, name, x.dtype))
+            return self.base_layer(call.by_row(x, self, scaled), *args, **kwargs).to(x.dtype)
+        return call.by_row(self.base_layer(x, *args, **kwargs), self, scaled)
 
 
 class MixedQuantized(MixedLayer):
@@ -191,11 +275,10 @@ class MixedQuantized(MixedLayer):
         def scaled(y: Tensor, name: str | None) -> Tensor:
             return y * self.ia3_l[name].flatten() if name in self.ia3_l else y
 
-        names = list(dict.fromkeys(call.rows))
         if self.is_feedforward:
-            return self.base_layer(call.by_row(x, self, names, lambda name: scaled(x, name)))
+            return self.base_layer(call.by_row(x, self, scaled))
         y = self.base_layer(x)
-        return call.by_row(y, self, names, lambda name: scaled(y, name)).to(y.dtype)
+        return call.by_row(y, self, scaled).to(y.dtype)
 
 
 class MixedHead(Swapped):
@@ -225,16 +308,29 @@ class MixedHead(Swapped):
         return out
 
 
-class BankLinear(Swapped):
+class BankLinear(ScaledLinear):
     """A linear layer that PEFT left alone and a TaskBank has vectors for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        call = call_of(self._peft_ops)
-        if call is None:
-            return super().forward(x)
-        if call.is_flat(x, self):
-            return self.forward(x.unflatten(0, (len(call.rows), -1))).flatten(0, 1)
-        table, ids = call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
-        if self._peft_ops_feedforward:
-            return super().forward(ia3_scale(x, table, ids))
-        return ia3_scale(super().forward(x), table, ids)
+    @property
+    def is_feedforward(self) -> bool:
+        return self._peft_ops_feedforward
+
+    def selection(self, x: Tensor) -> tuple[Tensor, Tensor | TaskPlan | None] | None:
+        call = None if self._peft_ops.is_off else call_of(self._peft_ops)
+        return None if call is None else call.select(self, {}, self._peft_ops.bank.widths[self._peft_ops_key], x)
+
+    def bare(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self._kind.forward(self, x, *args, **kwargs)
+
+    @property
+    def _kind(self) -> type:
+        return type(self)._swapped_with[1]
+
+    def why_no_weight(self) -> str | None:
+        return why_not_readable(self) if is_conv1d(self) else self.why_not_plain()
+
+    def why_not_plain(self) -> str | None:
+        return why_not_readable(self) if self._kind is nn.Linear else f"{self._kind.__name__}, not nn.Linear"
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        return (self.weight.t() if is_conv1d(self) else self.weight), self.bias

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peft_ops.integrations import _fused, _layers
-from peft_ops.integrations._calls import Call, Shared, calling, current_call
+from peft_ops.integrations import _fused, _guard, _layers
+from peft_ops.integrations._calls import Call, Shared, calling, current_call, forget_steps, in_backward
 from peft_ops.integrations._prompts import (
     KINDS,
     by_name,
@@ -22,9 +22,8 @@ from peft_ops.integrations._prompts import (
     without_prompts,
 )
 from peft_ops.integrations._swap import Swapped, swap, unswap
-from peft_ops.nn.task_bank import BASE, TaskBank
+from peft_ops.nn.task_bank import BASE, SlotsInUse, TaskBank
 
-OLDEST = "0.19"
 SEQUENCE_FIRST = (  # [S, B, K]
     "modeling_xlnet.XLNetLayer", "modeling_fsmt.EncoderLayer", "modeling_fsmt.DecoderLayer",
     "modeling_longformer.LongformerSelfAttention", "modeling_led.LEDEncoderSelfAttention",
@@ -36,7 +35,7 @@ TOWERS = {  # of models that put what they make of images between the embeddings
 FLATTENING = ("OPTDecoderLayer",)  # their feed-forward layers see [B * S, K], in that order
 
 
-def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
+def accelerate(model: nn.Module, bank=None, level: str = "auto", timeout: float = 0.0) -> nn.Module:
     """Give a PEFT model `adapter_names` for (IA)^3, P-Tuning and prompt tuning, and faster layers.
 
     In place; weights are shared, and state_dict, save_pretrained, load_adapter, set_adapter, disable_adapter,
@@ -53,13 +52,16 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
     Args:
         model: a peft.PeftModel with adapters of type IA3, P_TUNING or PROMPT_TUNING (PEFT holds one type at a time).
         bank: a peft_ops.nn.TaskBank that serves the names which the model has not loaded; its modules are named as in
-            the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors.
+            the base model. It may hold vectors for a model with prompts, and prompts for a model with vectors; vectors
+            of linear layers alone, not of convolutions or of bitsandbytes layers.
         level: "auto" takes the widest operator that a module's own code allows (`report` lists them); "module" keeps
             one operator per PEFT layer, which on a CPU is bitwise PEFT's result.
+        timeout: seconds that a call waits for slots of the bank that calls of other threads hold, until those end;
+            then, and with 0 at once, it raises RuntimeError.
 
     Raises:
         TypeError: the model is no PeftModel.
-        ValueError: it holds adapters of another type.
+        ValueError: it holds adapters of another type; a bank whose modules are not the model's linear layers.
         RuntimeError: the installed PEFT computes something else than the releases that this was written for.
     """
     peft = _checked_peft()
@@ -69,21 +71,27 @@ def accelerate(model: nn.Module, bank=None, level: str = "auto") -> nn.Module:
         raise ValueError(f"accelerate: level must be 'auto' or 'module', got {level!r}")
     if bank is not None and not isinstance(bank, TaskBank):
         raise TypeError(f"accelerate: bank must be a peft_ops.nn.TaskBank, got {type(bank).__name__}")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+        raise ValueError(f"accelerate: timeout must be seconds from 0 on, got {timeout!r}")
     _check_kinds(model)
     if isinstance(model, Swapped):
         restore(model)
     taken = next((name for name, m in model.get_base_model().named_modules() if isinstance(m, Swapped)), None)
     if taken is not None:
         raise ValueError(f"accelerate: the base model must not be another accelerated model's; restore() that: {taken}")
-    swap(model, MixedModel, _peft_ops=Shared(level, bank))
+    _put(model, Shared(level, bank, timeout))
+    for module in {model.base_model, model.get_base_model()}:
+        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+    return model
+
+
+def _put(model: nn.Module, shared: Shared) -> None:
+    swap(model, MixedModel, _peft_ops=shared)
     try:
         _swap_layers(model)
     except ValueError:
         restore(model)
         raise
-    for module in {model.base_model, model.get_base_model()}:
-        module.register_forward_pre_hook(_refuse_names, with_kwargs=True)
-    return model
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -109,7 +117,7 @@ def _refuse_names(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 _ATTRIBUTES = (
-    "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second", "_peft_ops_kept",
+    "_peft_ops", "_peft_ops_key", "_peft_ops_flat", "_peft_ops_form", "_peft_ops_second",
     "_peft_ops_first", "_peft_ops_alone", "_peft_ops_feedforward", "_peft_ops_sees",
 )  # fmt: skip
 
@@ -127,6 +135,7 @@ def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[N
             raise ValueError("using_adapters: adapter_names must name (IA)^3 adapters, got one with a prompt")
         stack.enter_context(calling(call))
         shared.mixed |= torch.is_grad_enabled()
+        shared.in_blocks |= torch.is_grad_enabled()
         yield
 
 
@@ -144,7 +153,7 @@ def report(model: nn.Module, file=None) -> list[Row]:
     rows, base = [], model.get_base_model()
     inside = {}
     for name, module in base.named_modules():
-        if isinstance(module, (_fused.MixedMLP, _fused.MixedChunk)):
+        if isinstance(module, (_fused.FeedForward, _fused.MixedChunk)):
             parts = module.peft_ops_parts()
             inside[parts.down] = name, parts
     for name, module in base.named_modules():
@@ -164,8 +173,6 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
         return "heads by row", ""
     if isinstance(module, (_layers.MixedConv, _layers.MixedQuantized)):
         return "PEFT by row", type(module.get_base_layer()).__name__
-    if isinstance(module, _layers.BankLinear):
-        return "ia3_scale", "no PEFT layer, a bank's vectors only"
     if mlp is not None:
         name, parts = mlp
         why = _fused.why_not_fused(parts)
@@ -173,10 +180,12 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
             operator = "ia3_glu_linear" if parts.gate is not None or parts.packed else "ia3_linear"
             return operator, f"with {name}"
         return "ia3_scale", why
-    exact = _layers.why_not_exact(module.base_layer)
-    if isinstance(module, (_fused.PairFirst, _fused.PairSecond)):
-        first = module if isinstance(module, _fused.PairFirst) else module._peft_ops_first[0]
+    exact = module.why_no_weight()
+    if isinstance(module, (_fused.First, _fused.Second)):
+        first = module if isinstance(module, _fused.First) else module._peft_ops_first[0]
         why = _fused.why_not_pair(first, first._peft_ops_second[0])
+        if why is None and first._peft_ops_second[0]._peft_ops_alone:
+            return "ia3_linear", "the second projection was called on another input"
         if why is None:
             return "ia3_kv_linear", "on a GPU; ia3_scale on a CPU"
     if exact is not None:
@@ -187,43 +196,19 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
 
 
 def _checked_peft():
-    """The peft package, if its (IA)^3 layer computes what ours does; tried on a layer of 4 x 3."""
+    """The peft package, if its models compute what ours do."""
     import peft
 
     global _probed
     if not _probed:
-        try:
-            problem = _probe()
-        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        problem = _guard.problem(lambda model: _put(model, Shared("module")))
         if problem is not None:
             raise RuntimeError(
-                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ({OLDEST} and "
-                f"later): {problem}. Update peft_ops, or use another release of peft"
+                f"accelerate: peft {peft.__version__} is not one of the releases this was written for ("
+                f"{_guard.OLDEST} and later): {problem}. Update peft_ops, or use another release of peft"
             )
         _probed = True
     return peft
-
-
-@torch.no_grad()
-def _probe() -> str | None:
-    from peft.tuners import ia3
-
-    with torch.device("cpu"):
-        for is_feedforward in (False, True):
-            base = nn.Linear(4, 3, dtype=torch.float32)
-            layer = ia3.Linear(base, "a", config=ia3.IA3Config(), is_feedforward=is_feedforward)
-            layer.update_layer("b", config=ia3.IA3Config())
-            for name, end in (("a", 2.0), ("b", 3.0)):
-                vector = layer.ia3_l[name]
-                vector.copy_(torch.linspace(-1, end, vector.numel()).view_as(vector))
-            layer.set_adapter(["a", "b"])
-            x = torch.linspace(-1, 1, 8).view(2, 4)
-            want = layer(x)
-            swap(layer, _layers.MixedLinear, _peft_ops=Shared("module"), _peft_ops_key="probe")
-            if not torch.equal(layer(x), want):
-                return "its layers compute something else"
-    return None
 
 
 _probed = False
@@ -258,6 +243,9 @@ def _swap_layers(model: nn.Module) -> None:
     kinds = [(ia3.Linear, _layers.MixedLinear), ((ia3.Conv2d, ia3.Conv3d), _layers.MixedConv)]
     quantized = tuple(cls for name in ("Linear8bitLt", "Linear4bit") if (cls := getattr(ia3, name, None)) is not None)
     kinds += [(quantized, _layers.MixedQuantized), (ModulesToSaveWrapper, _layers.MixedHead)]
+    for module in base.modules():
+        if isinstance(module, _layers.BankLinear):  # PEFT may have wrapped it since, and what wraps it scales
+            unswap(module, *_ATTRIBUTES)
     for name, module in base.named_modules():
         if isinstance(module, Swapped):
             continue
@@ -267,16 +255,19 @@ def _swap_layers(model: nn.Module) -> None:
         elif shared.bank is not None and name in shared.bank.widths and _features(module) is not None:
             feedforward = _scales_input(module, name, shared.bank)
             swap(module, _layers.BankLinear, _peft_ops=shared, _peft_ops_key=name, _peft_ops_feedforward=feedforward)
+    layers = [module for module in base.modules() if isinstance(module, _layers.MixedLayer)]
+    shared.layers = {layer._peft_ops_key for layer in layers}
+    shared.disabled_layers = {layer._peft_ops_key for layer in layers if layer.disable_adapters}
     if shared.bank is not None:
         _check_bank(base, shared.bank)
     _say_what_layers_see(base)
-    for module in base.modules():
+    for name, module in base.named_modules():
         if type(module).__name__ in FLATTENING:
             for child in module.children():
-                if isinstance(child, (_layers.MixedLinear, _layers.BankLinear)):
+                if isinstance(child, _layers.ScaledLinear):
                     child._peft_ops_flat = True
         if shared.level == "auto" and not isinstance(module, Swapped):
-            _swap_fused(module, shared)
+            _swap_fused(name, module, shared)
 
 
 def _say_what_layers_see(base: nn.Module) -> None:
@@ -300,7 +291,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     """What a linear layer maps to what; GPT-2's Conv1D holds its weight the other way round."""
     if isinstance(module, (nn.Linear, _layers.MixedLinear)):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+    if _layers.is_conv1d(module):
         return module.nx, module.nf
     return None
 
@@ -341,26 +332,33 @@ def _check_bank(base: nn.Module, bank) -> None:
             raise ValueError(f"accelerate: bank must hold prompts of {width} features, got {bank.prompts.shape[2]}")
 
 
-def _swap_fused(module: nn.Module, shared: Shared) -> None:
+def _swap_fused(name: str, module: nn.Module, shared: Shared) -> None:
     form = _fused.FORMS.get(_fused.code_of(type(module)))
-    if form is not None and isinstance(getattr(module, form.down, None), _layers.MixedLinear):
+    if getattr(module, "slow_but_exact", False):  # Bloom's, which reads its last layer's weight past the layer
+        form = None
+    if form is not None and isinstance(getattr(module, form.down, None), _layers.ScaledLinear):
         swap(module, _fused.MixedMLP, _peft_ops=shared, _peft_ops_form=form)
-    elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.MixedLinear):
+    elif _fused.is_chunk(module) and isinstance(module.output.dense, _layers.ScaledLinear):
         swap(module, _fused.MixedChunk, _peft_ops=shared)
+    elif isinstance(getattr(module, "fc2", None), _layers.ScaledLinear):
+        found = _fused.inline_of(type(module))
+        if found is not None:
+            swap(module, _fused.MixedInline, _peft_ops=shared, _peft_ops_form=found[0])
     for names in _fused.PAIRS:
         pair = [getattr(module, name, None) for name in names]
         if all(type(layer) is type(pair[0]) and _is_plain_linear(layer) for layer in pair):
-            if _fused.why_not_pair(*pair) is None:
+            if _fused.why_not_pair(*pair) is None and not _fused.reads_two_texts(name, names):
                 first, second = pair
-                _change_mixin(first, _fused.PairFirst, _peft_ops_second=(second,))
-                _change_mixin(
-                    second, _fused.PairSecond, _peft_ops_first=(first,), _peft_ops_kept=None, _peft_ops_alone=False
-                )
+                mixins = _fused.PairFirst, _fused.PairSecond
+                if isinstance(first, _layers.BankLinear):
+                    mixins = _fused.BankFirst, _fused.BankSecond
+                _change_mixin(first, mixins[0], _peft_ops_second=(second,))
+                _change_mixin(second, mixins[1], _peft_ops_first=(first,), _peft_ops_alone=False)
                 break
 
 
 def _is_plain_linear(layer) -> bool:
-    return isinstance(layer, _layers.MixedLinear) and not isinstance(layer, (_fused.PairFirst, _fused.PairSecond))
+    return isinstance(layer, _layers.ScaledLinear) and not isinstance(layer, (_fused.First, _fused.Second))
 
 
 def _change_mixin(module: nn.Module, mixin: type, **attributes) -> None:
@@ -431,11 +429,17 @@ class MixedModel(Swapped):
         """The call around this one, if its names are for this model; else one that only keeps what layers prepare."""
         around = current_call()
         if around is None or around.shared is not self._peft_ops:
+            if self._peft_ops.in_blocks and in_backward():
+                raise RuntimeError(
+                    "using_adapters: the model runs again in backward(), outside the block that named its adapters; "
+                    "call backward() inside the block, or give adapter_names to the call"
+                )
             return Call(self._peft_ops)
         gone = next((name for name in around.names if name not in self.peft_config and name not in around.held), None)
         if gone is not None:
             raise ValueError(_unknown(self, gone))
         around.renew()
+        around.keep_bank_rows()
         return around
 
     @contextmanager
@@ -449,12 +453,14 @@ class MixedModel(Swapped):
                 return MixedModel.forward(self, *args, adapter_names=adapter_names, **kwargs)
 
             before, shared.disabled = shared.disabled, True
+            forget_steps(shared)  # a bank's layers have no switch of PEFT's that would
             if self.active_peft_config.is_prompt_learning:
                 self.forward = forward
             try:
                 yield
             finally:
                 shared.disabled = before
+                forget_steps(shared)
 
     def merge_and_unload(self, *args, **kwargs):
         return restore(self.base_model.merge_and_unload(*args, **kwargs))
@@ -477,8 +483,13 @@ class MixedModel(Swapped):
 
 def _rows(args: tuple, kwargs: dict) -> int | None:
     """Rows of the batch: the first dimension of what the model is called with."""
-    names = "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values"
-    tensors = [*args[:1], *(kwargs.get(name) for name in names)]
+    names = (
+        "input_ids", "inputs", "inputs_embeds", "input_features", "input_values", "pixel_values", "decoder_input_ids",
+        "decoder_inputs_embeds",
+    )  # fmt: skip
+    encoded = kwargs.get("encoder_outputs")
+    encoded = encoded[0] if isinstance(encoded, tuple) else getattr(encoded, "last_hidden_state", None)
+    tensors = [*args[:1], *(kwargs.get(name) for name in names), encoded]
     return next((t.shape[0] for t in tensors if isinstance(t, Tensor)), None)
 
 
@@ -503,16 +514,25 @@ def _call(model: nn.Module, adapter_names, rows: int | None, repeats: int, stack
         _swap_layers(model)  # an adapter has come that may have targeted other modules
     elsewhere = [name for name in dict.fromkeys(adapter_names) if name != BASE and name not in model.peft_config]
     held = {}
-    if elsewhere and not shared.disabled:
+    if elsewhere:
         if shared.bank is None:
             raise ValueError(_unknown(model, elsewhere[0]))
         try:
-            held = stack.enter_context(shared.bank.hold(elsewhere))
+            held = stack.enter_context(shared.bank.hold(elsewhere, shared.timeout))
         except KeyError as error:
             raise ValueError(f"{_unknown(model, elsewhere[0])}; {error.args[0]}") from error
-    rows = [None if name == BASE or shared.disabled else name for name in adapter_names]
+        except SlotsInUse as error:
+            raise SlotsInUse(
+                f"adapter_names: the bank has no free slot for all of {elsewhere} while other calls run: give the bank "
+                f"more slots, call again when one has ended, or let calls wait with accelerate(model, bank=bank, "
+                f"timeout=seconds); {error}"
+            ) from error
+    off = shared.is_off
+    rows = [None if name == BASE or off else name for name in adapter_names]
     rows = [name for name in rows for _ in range(choices)]
-    return Call(shared, rows, repeats, held)
+    call = Call(shared, rows, repeats, {} if off else held)
+    call.keep_bank_rows()  # a checkpoint runs without gradients now, and with them when the slots are free
+    return call
 
 
 def _unknown(model: nn.Module, name: str) -> str:

@@ -42,6 +42,10 @@ class Held(NamedTuple):
     num_virtual_tokens: int
 
 
+class SlotsInUse(RuntimeError):
+    """Slots that a batch needs are held by other batches."""
+
+
 class TaskBank:
     """(IA)^3 vectors and prompts of any number of tasks, `slots` of them on the device at a time.
 
@@ -148,6 +152,11 @@ class TaskBank:
         """[slots + 2, width], for gathers without masks: row `slots` is ones, the base model's, row `slots` + 1 NaN."""
         return self._view(self._rows, module)
 
+    def copy_rows(self, slots: Sequence[int]) -> dict[str, Tensor]:
+        """Each module's [len(slots), width], views into one copy: for what outlives the block that has them."""
+        rows = torch.stack([self._tables.buffer[slot] for slot in slots])  # a list as index would synchronise a GPU
+        return {module: rows[:, columns] for module, columns in self._tables.columns.items()}
+
     def _view(self, views: Mapping[str, Tensor], module: str) -> Tensor:
         if module not in views:
             raise KeyError(f"TaskBank: module must be one of the bank's, got {module!r}{similar(module, views)}")
@@ -205,8 +214,8 @@ class TaskBank:
     def use(self, rows: Sequence[str | None], timeout: float = 0.0) -> Iterator[Tensor]:
         """The ids of a batch, whose tasks keep their slots until the block ends; tasks that are not here are loaded.
 
-        The ids mean nothing after the block. On CUDA everything that reads the tables belongs on the stream that is
-        current at its end, or before it; nothing is synchronised.
+        The ids mean nothing after the block, and a backward that reads the tables belongs inside. On CUDA everything
+        that reads the tables belongs on the stream that is current at its end, or before it; nothing is synchronised.
 
         Args:
             rows: one name per row; None, or "__base__", is the base model.
@@ -218,7 +227,8 @@ class TaskBank:
         Raises:
             KeyError: a name that is not here, and that the loader does not know.
             ValueError: more tasks than slots.
-            RuntimeError: slots that other batches use are needed; inside the capture of a CUDA graph.
+            SlotsInUse: a RuntimeError: slots that other batches use are needed.
+            RuntimeError: inside the capture of a CUDA graph.
         """
         op = "TaskBank.use"
         rows = [None if name == BASE else name for name in check_names(op, "rows", rows)]
@@ -322,7 +332,7 @@ class TaskBank:
             self._bring(op, names, brought)
             with self._changed:
                 if not self._changed.wait_for(settled, max(0.0, end - time.monotonic())):
-                    raise RuntimeError(self._all_in_use(op, names))
+                    raise SlotsInUse(self._all_in_use(op, names))
                 if self._absent(names, brought):  # others dropped it meanwhile: it is loaded again
                     continue
                 missing = [name for name in names if name not in self._slot_of]

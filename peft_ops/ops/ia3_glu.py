@@ -271,7 +271,7 @@ def glu_by(ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Ca
             by_native = served[gate.dtype] = use_native("ia3_glu", gate)
         if not by_native:
             return _glu_op(gate, up, ia3_l, task_ids, activation)
-        if gate.is_contiguous() and up.is_contiguous():
+        if gate.dim() > 1 and gate.is_contiguous() and up.is_contiguous():
             return _native_glu(gate, up, ia3_l, task_ids, activation)
         return shaped(_native_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
 

@@ -209,7 +209,7 @@ def scale_by(ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = No
         if by_native is None:
             fused = task_ids is not None or activation is not None
             by_native = served[x.dtype] = use_native("ia3_scale", x, fused)
-        if by_native and x.is_contiguous():
+        if by_native and x.dim() > 1 and x.is_contiguous():
             return _native_scale(x, ia3_l, task_ids, activation)
         return _op(x, ia3_l, task_ids, activation)
 
