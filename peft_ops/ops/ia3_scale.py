@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_ops import reference
-from peft_ops._backend import LazyKernels, use_triton
+from peft_ops._backend import INTERPRET, LazyKernels, get_backend, use_triton
 from peft_ops._checks import FLOATS, check_ids_in_range, check_table, check_task_ids, check_tensor
 from peft_ops._launch import launch
 from peft_ops._library import Operator, native, use_native, use_reference
@@ -203,8 +203,11 @@ def scale_by(ia3_l: Tensor, task_ids: Tensor | None, activation: str | None = No
     """x -> act(x) * ia3_l[t] for CPU tensors of one size, without gradient and without checks (8 us): of a table and
     ids that are known good. What serves a dtype is asked once."""
     served: dict[torch.dtype, bool] = {}
+    row = ia3_l[0] if task_ids is None and activation is None and ia3_l.dtype == torch.float32 else None
 
     def scale(x: Tensor) -> Tensor:
+        if row is not None and x.dtype is torch.float32 and get_backend() == "auto" and not INTERPRET:
+            return (x * row).contiguous()  # as `scale_forward` has it
         by_native = served.get(x.dtype)
         if by_native is None:
             fused = task_ids is not None or activation is not None
