@@ -77,7 +77,11 @@ def log_ticks(axis, low: float, high: float) -> None:
     ticks = [t for t in powers if low <= t <= high]
     if len(ticks) < 4:
         ticks = [t / 10 for t in range(1, 100) if low <= t / 10 <= high]
-        ticks = ticks[:: -(-len(ticks) // 8)] if 1 not in ticks else [t for t in ticks if (10 * t - 10) % 2 < 1e-6]
+        ticks = (
+            ticks[:: -(-len(ticks) // 8)]
+            if 1 not in ticks
+            else [t for t in ticks if (10 * t - 10) % (2 if t <= 2 else 5) < 1e-6]
+        )
     axis.set_major_locator(_ticker().FixedLocator(ticks))
     axis.set_major_formatter(_ticker().FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_locator(_ticker().NullLocator())
@@ -204,7 +208,7 @@ def draw_roof(axes, rows: list[dict]) -> None:
     axes.text(flops / nbytes, flops * 1.1 / 1e9, "large matmul", fontsize=8, ha="center", va="bottom")
     middle = (ends[0] * flops / nbytes) ** 0.5
     said = "large copy from memory\n(above it: from cache)"
-    axes.text(middle * 1.2, nbytes * middle / 1e9, said, fontsize=8, ha="left", va="top")
+    axes.text(middle / 1.2, nbytes * middle / 1e9, said, fontsize=8, ha="right", va="bottom")  # no point lies there
     axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="10$^9$ operations / s")
     lowest: dict[str, list[tuple[float, float]]] = {}
     for x, row in zip(at, known, strict=True):
