@@ -1,7 +1,11 @@
 """accelerate on models of every family: each row of a mixed batch is what plain PEFT gives for its adapter alone."""
 
 import copy
+import re
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import peft
 import pytest
@@ -250,3 +254,15 @@ def test_one_step_of_a_recurrence(kind, level):
     want = row_by_row(model, rows, lambda model: model.generate(**batch, max_new_tokens=8, do_sample=False))
     accelerate(model, level=level)
     assert torch.equal(model.generate(**batch, max_new_tokens=8, do_sample=False, adapter_names=rows), want)
+
+
+def test_the_readmes_first_script():
+    """What it says beside its lines: PEFT gives every row the first adapter, and `accelerate` each its own."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text()
+    script = readme.partition("```python\n")[2].partition("```")[0]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    theirs, ours = (
+        [float(number) for number in re.findall(r"-?\d+\.\d+", line)] for line in done.stdout.strip().splitlines()
+    )
+    assert len({*theirs}) == 1 and len(theirs) == 3, done.stderr
+    assert len({*ours}) == 3 and abs(ours[0] - theirs[0]) < 2e-4, done.stderr
