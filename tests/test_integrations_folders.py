@@ -263,7 +263,7 @@ class TestBank:
 
     def test_heads_are_refused_or_ignored(self, tmp_path):
         saved(tmp_path / "a", "IA3", bert)
-        with pytest.raises(ValueError, match=r"no modules_to_save unless they are ignored, got \['classifier.bias'"):
+        with pytest.raises(ValueError, match=r"no modules_to_save, .*ignore_heads=True.*, got \['classifier.bias'"):
             loader_from_folder(tmp_path)("a")
         vectors, prompt = loader_from_folder(tmp_path, ignore_heads=True)("a")
         assert vectors and prompt is None
@@ -284,6 +284,15 @@ class TestBank:
         ):
             load("b")
         with pytest.raises(ValueError, match="bank_from_folder: 'b' must scale the output"):
+            bank_from_folder(tmp_path, 1)
+
+    def test_a_folder_of_another_kind_among_them(self, tmp_path):
+        write_adapter(tmp_path / "a", ia3_adapter({"k": torch.ones(4)}))
+        (tmp_path / "lora").mkdir()
+        (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        with pytest.raises(
+            ValueError, match="^bank_from_folder: .*got 'LORA'; a bank serves every .*, move this one out$"
+        ):
             bank_from_folder(tmp_path, 1)
 
     def test_folders_of_two_models(self, tmp_path):

@@ -270,6 +270,7 @@ def test_a_bank_is_disabled_in_the_middle_of_a_call():
 def test_level_module_fuses_nothing():
     model = accelerate(tiny.ia3_model("llama", ["red"]), level="module")
     assert set(operators(model).values()) == {SCALE}
+    assert {row.why_not_higher for row in report(model)} == {"level='module'"}
 
 
 def test_report_needs_an_accelerated_model():

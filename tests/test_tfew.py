@@ -64,7 +64,6 @@ def assert_same_model(state: dict[str, torch.Tensor], folder, **sizes) -> None:
     got = logits(peft.PeftModel.from_pretrained(t5(**sizes), folder))
     error = ((got - want).abs().max() / want.abs().max()).item()
     assert error < 1e-5, error
-    print("ERR", error)
     assert (bare - want).abs().max() > 1e-2 * want.abs().max(), "the vectors do nothing"
 
 
@@ -87,6 +86,10 @@ def test_there_and_back_bit_by_bit(tmp_path, capsys):
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
     assert capsys.readouterr().out.startswith("16 vectors, 352 numbers -> ")
+    for wrong in (["out", "x"], ["finish.pt", "x", "--inverse"], ["missing.pt", "x"]):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / wrong[0]), str(tmp_path / wrong[1]), *wrong[2:]])
+        assert "source must be a" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_an_adapter_that_peft_trained_goes_to_tfew(tmp_path):

@@ -50,8 +50,8 @@ def _loader(root: Path, ignore_heads: bool, sides: dict[str, bool]) -> Callable[
         folder, task = _find(op, root, name)
         adapter = read_adapter(root / folder)
         if adapter.modules_to_save and not ignore_heads:
-            heads = sorted(adapter.modules_to_save)
-            raise ValueError(f"{op}: {name!r} must have no modules_to_save unless they are ignored, got {heads}")
+            what = "no modules_to_save, which a bank does not serve (ignore_heads=True leaves them out)"
+            raise ValueError(f"{op}: {name!r} must have {what}, got {sorted(adapter.modules_to_save)}")
         if adapter.decoder_prompt is not None:
             raise ValueError(f"{op}: {name!r} must have one prompt, got one more for the decoder")
         with lock:
@@ -94,7 +94,10 @@ def bank_from_folder(
     op, widths, sides, P, E = "bank_from_folder", {}, {}, 0, 0
     root = Path(root)
     for folder in _folders(root):
-        config, shapes = config_of(root / folder), shapes_of(root / folder)
+        try:
+            config, shapes = config_of(root / folder), shapes_of(root / folder)
+        except ValueError as error:
+            raise ValueError(f"{op}: {error}; a bank serves every folder in {str(root)!r}, move this one out") from None
         own = {}
         for key, shape in shapes.items():
             module = key.removeprefix(KINDS[config["peft_type"]]).removesuffix(VECTOR)

@@ -149,7 +149,7 @@ class Row(NamedTuple):
 
 def report(model: nn.Module, file=None) -> list[Row]:
     """Print which operator serves each adapted module, and why none that does more; returns the same as rows."""
-    _shared_of(model)
+    level = _shared_of(model).level
     rows, base = [], model.get_base_model()
     inside = {}
     for name, module in base.named_modules():
@@ -158,7 +158,7 @@ def report(model: nn.Module, file=None) -> list[Row]:
             inside[parts.down] = name, parts
     for name, module in base.named_modules():
         if isinstance(module, (_layers.MixedLayer, _layers.MixedHead, _layers.BankLinear)):
-            rows.append(Row(name, *_operator_of(module, inside.get(module))))
+            rows.append(Row(name, *_operator_of(module, inside.get(module), level)))
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
             rows.append(Row(f"prompt_encoder.{name}", "prompt_concat", f"{config.num_virtual_tokens} virtual tokens"))
@@ -168,7 +168,7 @@ def report(model: nn.Module, file=None) -> list[Row]:
     return rows
 
 
-def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
+def _operator_of(module: nn.Module, mlp: tuple | None, level: str) -> tuple[str, str]:
     if isinstance(module, _layers.MixedHead):
         return "heads by row", ""
     if isinstance(module, (_layers.MixedConv, _layers.MixedQuantized)):
@@ -190,6 +190,8 @@ def _operator_of(module: nn.Module, mlp: tuple | None) -> tuple[str, str]:
             return "ia3_kv_linear", "on a GPU; ia3_scale on a CPU"
     if exact is not None:
         return "ia3_scale", exact
+    if level == "module":
+        return "ia3_linear", "level='module'"
     if module.is_feedforward:
         return "ia3_linear", "no feed-forward code that an operator computes"
     return "ia3_linear", "no second projection of the same input"

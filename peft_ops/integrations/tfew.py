@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -105,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base-model", help="for the config, say bigscience/T0_3B")
     parser.add_argument("--inverse", action="store_true", help="from PEFT to T-Few")
     args = parser.parse_args(argv)
+    wanted = "a PEFT folder, with --inverse" if args.inverse else "a T-Few checkpoint; --inverse takes a PEFT folder"
+    if Path(args.source).is_dir() != args.inverse or not Path(args.source).exists():
+        parser.error(f"source must be {wanted}, got {args.source}")
     if args.inverse:
         adapter = read_adapter(args.source)
         torch.save(to_tfew(adapter), args.out)
