@@ -182,7 +182,7 @@ class Call:
                 f"adapter_names: a layer must see the batch in its first dimension, {B} rows"
                 f"{'' if self.repeats == 1 else f' or, in 3 dimensions, {B * self.repeats}'}, got {list(x.shape)} in "
                 f"{getattr(layer, '_peft_ops_key', None) or type(layer).__name__}; give one name per row "
-                f"(generate() takes adapter_names itself), a batch of one adapter, or adapters that leave such layers alone"
+                f"(generate() takes adapter_names itself), one adapter, or adapters that leave such layers alone"
             )
 
     def _sees_rows(self, x: Tensor) -> bool:
