@@ -142,7 +142,7 @@ def check_tokens(
 
 
 def check_embed_scale(op: str, embed_scale) -> None:
-    if not isinstance(embed_scale, (float, int)):
+    if not isinstance(embed_scale, (float, int)) or isinstance(embed_scale, bool):
         raise TypeError(f"{op}: embed_scale must be a number, got {type(embed_scale).__name__}")
 
 

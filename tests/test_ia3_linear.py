@@ -715,6 +715,15 @@ def test_a_neighbours_nan_stays_out_of_the_vendors_matmul(is_feedforward, size):
         bad_x[others], bad_dy[others] = NAN, INF
         for got, kept in zip(results(bad_x, bad_dy), want, strict=True):
             assert torch.equal(got[row], kept[row])
+    between = torch.full((M, 3, size), NAN, dtype=dtype)  # rows of x, with others' between them
+    between[:, 1] = x
+    y = ia3_linear(between[:, 1], weight, b, ia3_l=ia3_l, task_ids=ids, is_feedforward=is_feedforward)
+    assert torch.equal(y, want[0])
+    swapped = between[:, 1:2].transpose(0, 1)  # 3-D and strided: the bias is added, or fused, in another rounding
+    plain = ia3_linear(swapped, weight, b, ia3_l=ia3_l, task_ids=ids[None], is_feedforward=is_feedforward)
+    between[5, 1] = NAN
+    one_bad = ia3_linear(swapped, weight, b, ia3_l=ia3_l, task_ids=ids[None], is_feedforward=is_feedforward)
+    assert torch.equal(one_bad[0, torch.arange(M) != 5], plain[0, torch.arange(M) != 5])
 
 
 @pytest.mark.parametrize("placement", ["output", "gelu_tanh", "feedforward"])

@@ -575,3 +575,15 @@ def test_no_zeros_are_made_for_outputs_without_a_gradient():
         e.name for e in profile.events() if e.name in ("aten::fill_", "aten::zero_") and [64, 64] in e.input_shapes
     ]
     assert not filled, filled
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_comes_back_may_be_changed_in_place(dtype, backend, monkeypatch):
+    """Also where plain PyTorch serves the operator, whose result ends in a reshape."""
+    monkeypatch.setattr("peft_ops.ops.ia3_scale.use_native", lambda *args, **kwargs: False)
+    x = torch.randn(2, 3, 4, dtype=dtype, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([0, 1], device=DEVICE)
+    with peft_ops.set_backend(backend):
+        peft_ops.ia3_scale(x, torch.ones(2, 4, device=DEVICE), ids).mul_(2).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))

@@ -126,7 +126,9 @@ _ATTRIBUTES = (
 def using_adapters(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Calls inside have these adapter names: for a decoding loop of one's own, whose tables are then made once.
 
-    Prompt adapters belong to inputs, not to layers: give their names to the call that takes the text.
+    Prompt adapters belong to inputs, not to layers: give their names to the call that takes the text. Vectors that are
+    written inside, loaded or deleted are noticed; parameters put in their place (`.data =`, `.to()`, assign=True) are
+    not: do that outside.
     """
     shared = _shared_of(model)
     with ExitStack() as stack:
@@ -166,6 +168,11 @@ def report(model: nn.Module, file=None) -> list[Row]:
     for row in rows:
         print(f"{row.module:{width}}  {row.operator:16}  {row.why_not_higher}".rstrip(), file=file)
     return rows
+
+
+def _has_active_prompt(model: nn.Module) -> bool:
+    config = model.peft_config.get(model.active_adapter)  # None where the last adapter has been deleted
+    return config is not None and config.is_prompt_learning
 
 
 def _operator_of(module: nn.Module, mlp: tuple | None, level: str) -> tuple[str, str]:
@@ -404,7 +411,7 @@ class MixedModel(Swapped):
             base = self.get_base_model()
             if has_prompts(self, call):
                 return run_with_pads_behind(base, base, forward_inputs(self, call, by_name(self, args, kwargs)))
-            if self.active_peft_config.is_prompt_learning:  # without a prompt this is the base model
+            if _has_active_prompt(self):  # without a prompt this is the base model
                 return run_with_pads_behind(base, base, without_prompts(self, by_name(self, args, kwargs)))
             return super().forward(*args, **kwargs)
 
@@ -419,7 +426,7 @@ class MixedModel(Swapped):
             base = self.get_base_model()
             if has_prompts(self, call):
                 return generate_with_prompts(self, call, args, kwargs)
-            if self.active_peft_config.is_prompt_learning:
+            if _has_active_prompt(self):
                 return run_with_pads_behind(base, partial(base.generate, *args), kwargs)
             return super().generate(*args, **kwargs)
 
@@ -456,7 +463,7 @@ class MixedModel(Swapped):
 
             before, shared.disabled = shared.disabled, True
             forget_steps(shared)  # a bank's layers have no switch of PEFT's that would
-            if self.active_peft_config.is_prompt_learning:
+            if _has_active_prompt(self):
                 self.forward = forward
             try:
                 yield

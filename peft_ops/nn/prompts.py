@@ -185,6 +185,8 @@ class PromptEmbedding(PromptModule):
                 own.setdefault(name, {})[inner] = value
             else:
                 raise ValueError(f"PromptEmbedding: state must hold encoders.<adapter>.* and shared.*, got {key!r}")
+        what = "a mapping of adapters to numbers, or None"
+        check_type("PromptEmbedding", "num_virtual_tokens", num_virtual_tokens, (Mapping, type(None)), what)
         read = dict(num_virtual_tokens or {})
         module = cls(PromptNetwork.from_state_dict(shared, encoder_dropout) if shared else None)
         for name, parts in own.items():

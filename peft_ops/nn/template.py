@@ -11,10 +11,13 @@ from peft_ops.nn.adapters import check_known_name, check_size, check_type
 from peft_ops.nn.prompt_module import PromptModule
 
 PIECE = re.compile(r"(<P(?:\*[1-9]\d*)?>|(?<!\S)P\d+(?:\.\.P\d+)?(?!\S)|\[(?:MASK|CLS|SEP|BOS|EOS)\]|\{[^\W\d]\w*\})")
+MOST = 1 << 16  # virtual tokens; more are a slip of the pen
 # what only looks like a piece would silently be text; how it is to be written
 MISTAKES = {
     re.compile(r"<\s*p\s*[*\d\s-]*>", re.I): "virtual tokens as <P>, <P*n>, n from 1 on, P0 or P0..P2",
-    re.compile(r"\bp\d+\s*(?:\.\.+|-)\s*p?\d+\b", re.I): "virtual tokens as <P>, <P*n>, n from 1 on, P0 or P0..P2",
+    re.compile(r"\bp\d+\s*(?:\.\.+|-)\s*p?\d+\b|\S*(?<!\w)P\d+(?!\w)\S*|\S*\.\.P\d+", re.I): (
+        "virtual tokens as <P>, <P*n>, n from 1 on, P0 or P0..P2, with spaces around them"
+    ),
     re.compile(
         r"\[\s*(?:[A-Z]+|(?i:mask|cls|sep|bos|eos))\s*\]"
     ): "special tokens as [MASK], [CLS], [SEP], [BOS] or [EOS]",
@@ -93,6 +96,8 @@ class Template:
             last = rest[0] if rest else first
             if last < first:
                 raise ValueError(f"Template: form must hold virtual tokens in ascending order, got {piece!r}")
+        if last >= MOST:
+            raise ValueError(f"Template: form must hold at most {MOST} virtual tokens, got {piece!r}")
         self.num_virtual_tokens = max(self.num_virtual_tokens, last + 1)
         return range(first, last + 1)
 

@@ -33,7 +33,7 @@ from peft_ops.ops.ia3_linear import (
     times_weight,
     vendor_linear,
 )
-from peft_ops.ops.ia3_scale import as_rows, chunks_by_task, shaped, sum_chunks
+from peft_ops.ops.ia3_scale import _unsafe_view, as_rows, chunks_by_task, shaped, sum_chunks
 from peft_ops.ops.task_plan import per_sequence
 from peft_ops.reference import TaskPlan
 
@@ -136,7 +136,7 @@ def glu_forward(
         if gate.is_contiguous() and up.is_contiguous() and gate.dim() > 1:  # the C++ kernel takes any dimensions
             return _native_glu(gate, up, ia3_l, task_ids, activation)
         return shaped(_native_glu(as_rows(gate), as_rows(up), ia3_l, task_ids, activation), gate.shape)
-    return shaped(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
+    return _unsafe_view(reference.act_glu(gate, up, ia3_l, task_ids, activation).contiguous(), gate.shape)
 
 
 def _ia3_glu(gate, up, ia3_l, task_ids, activation):

@@ -249,17 +249,19 @@ def _has_amx() -> bool:
     return known is None or known()
 
 
-def finite_rows(x: Tensor) -> Tensor | None:
-    """bool [..., 1], which rows of x the vendor's matmul must not see beside the others; None where it may see all.
+def reads_beyond_rows(x: Tensor) -> bool:
+    """Whether the vendor's matmul takes what follows a row in memory, times zero: a NaN or Inf there is a NaN here.
 
-    On a CPU with AMX oneDNN's bf16 matmul takes what follows a row whose length is no multiple of 32, the next row,
-    times zero: a NaN or Inf there is a NaN here (torch 2.13; K 3, 34, 80, but not 64). A backward that is traced cannot
-    ask, and has the vendor's rows as they come.
+    oneDNN's bf16 matmul does on a CPU with AMX, in rows whose length is no multiple of 32 (torch 2.13; K 3, 34, 80, but
+    not 64). A backward that is traced cannot ask, and has the vendor's rows as they come.
     """
     if x.shape[-1] % 32 == 0 or x.dtype is not torch.bfloat16 or not x.is_cpu or type(x) is not Tensor:
-        return None
-    if torch.compiler.is_compiling() or not _has_amx():
-        return None
+        return False
+    return not torch.compiler.is_compiling() and _has_amx()
+
+
+def finite_rows(x: Tensor) -> Tensor | None:
+    """bool [..., 1], the rows of x that may be seen together; None where all may."""
     finite = x.isfinite().all(-1, keepdim=True)
     return None if bool(finite.all()) else finite
 
@@ -270,6 +272,9 @@ def _padded(t: Tensor) -> Tensor:
 
 def vendor_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, but no row of x reaches another's result."""
+    if not reads_beyond_rows(x):
+        return F.linear(x, weight, bias)
+    x = x.contiguous()  # between strided rows there may be anything; and the bias is rounded otherwise than here
     finite = finite_rows(x)
     if finite is None:
         return F.linear(x, weight, bias)
@@ -331,7 +336,10 @@ def times_weight(dz: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tens
     if onto is None:
         return vendor_linear(dz, weight.t())
     dz, dx = as_matrix(dz), as_matrix(onto)
-    finite = finite_rows(dz)
+    finite = None
+    if reads_beyond_rows(dz):
+        dz = dz.contiguous()
+        finite = finite_rows(dz)
     if finite is None:
         return dx.addmm_(dz, weight).view(onto.shape)
     own = dx + F.linear(_padded(dz), _padded(weight.t()))
@@ -422,8 +430,8 @@ def ia3_linear(
 
     Semantics: activation(F.linear(x, weight, bias)) * ia3_l[task_ids]   (keys, values: scale what comes out)
                F.linear(x * ia3_l[task_ids], weight, bias)               if is_feedforward (scale what goes in)
-    with row -1 of ia3_l ones: the base model. Without activation, and where no fused kernel is chosen, bitwise what
-    PEFT computes.
+    with row -1 of ia3_l ones: the base model. Of a contiguous x, without activation, and where no fused kernel is
+    chosen, bitwise what PEFT computes.
 
     Args:
         x: [..., K]; fp32, fp16 or bf16 (fp64 runs on plain PyTorch). Its leading dimensions may be strided.

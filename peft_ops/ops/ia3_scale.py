@@ -138,7 +138,7 @@ def scale_forward(op: str, x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, ac
         return shaped(launch_scale(as_rows(x), ia3_l, task_ids, activation), x.shape)
     if task_ids is None and activation is None and x.dtype is ia3_l.dtype is torch.float32:
         return shaped((x * ia3_l[0]).contiguous(), x.shape)  # the reference, without 3 us of conversions to itself
-    return shaped(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)
+    return _unsafe_view(reference.act_scale(x, ia3_l, task_ids, activation).contiguous(), x.shape)  # it may be a view
 
 
 def _ia3_scale(x: Tensor, ia3_l: Tensor, task_ids: Tensor | None, activation: str | None) -> Tensor:
