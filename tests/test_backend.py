@@ -153,6 +153,8 @@ def test_native_runs_native_code(op, monkeypatch):
 
     module = sys.modules[f"peft_ops.ops.{op}"]
     monkeypatch.setattr(module, "native", Counting())
+    # forward by its overload, which costs less to call
+    monkeypatch.setattr(module, f"_native_{op.removeprefix('ia3_')}", getattr(Counting(), op), raising=False)
     with set_backend("native"):
         operators()[op]().sum().backward()
     expected = [*(["prompt_layout"] if op == "prompt_concat" else []), op, f"{op}_backward"]
