@@ -3,10 +3,12 @@
 #   PYTHON=python3.12   the interpreter, 3.11 or newer, that the virtual environment is made with
 #   VENV=               no virtual environment and no install: PYTHON runs as it is, with the torch it has (say, a CUDA build)
 #   ARGS="..."          further arguments for pytest or for the demo
+#   JOBS=2              processes that interpret, where pytest-xdist is installed; as many as there are cores
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PEFT_SDIST ?= build/peft-$(shell sed -n 's/^peft==//p' constraints-dev.txt).tar.gz
 MARKS = not nightly
 
@@ -41,7 +43,8 @@ test-native: setup  ## plain PyTorch and the native library; on a GPU, the compi
 	$(PYTEST) -m "$(MARKS)" --ignore=tests/compile tests
 
 test-interpreter: setup  ## the Triton kernels on CPU tensors: Triton reads TRITON_INTERPRET when it is imported
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -m "kernels and ($(MARKS))" --ignore=tests/compile tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
+	  $(PYTEST) $$($(PY) -c "import xdist; print('-n$(JOBS)')" 2>/dev/null) -m "kernels and ($(MARKS))" --ignore=tests/compile tests
 
 test-compile: setup  ## the Triton kernels compiled for GPUs that need not be there
 	$(PYTEST) -m "$(MARKS)" tests/compile
