@@ -6,7 +6,7 @@ import torch
 def native_wins(op: str, dtype: torch.dtype, fused: bool = True) -> bool:
     """Whether the native kernel of `op` serves `dtype` faster (`python -m bench.native_cpu`).
 
-    One multiplication in fp32 is one pass of aten's as well, which costs less to call and is as fast: 0.84 to 0.99 of
+    One multiplication in fp32 is one pass of aten's as well, which costs less to call and is as fast: 0.80 to 0.98 of
     its speed was measured from 16,384 elements up. In 16 bits PEFT's arithmetic is three passes.
 
     fused: it does more than multiply by one vector: gathers one per task, applies an activation, or sums a gradient.
